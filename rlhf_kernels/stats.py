@@ -1,0 +1,60 @@
+"""Statistics of a loss as one small device tensor of sums and counts: adding is exact, reading a view is the only host sync."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+# The first four are sums with the weights of the reduction, to be divided by `units` (tokens or sequences; 0 for reduction="sum"); those between
+# tokens and ratio_max are sums over tokens.
+PPO_FIELDS = (
+    "policy_loss", "value_loss", "entropy", "kl", "units", "tokens", "approx_kl", "approx_kl_k3",
+    "clip_fraction", "dual_clip_fraction", "value_clip_fraction", "ratio_mean", "ratio_max",
+)  # fmt: skip
+_UNITS, _TOKENS, _MAX = PPO_FIELDS.index("units"), PPO_FIELDS.index("tokens"), len(PPO_FIELDS) - 1
+
+
+@dataclass(frozen=True)
+class PPOStats:
+    """Statistics of `ppo_loss`. Views are 0-dim device tensors; `as_dict()` reads all of them with one transfer.
+
+    policy_loss, value_loss, entropy, kl: as the reduction reduces them, so that loss is their combination (denominator aside).
+    approx_kl is the mean of d^2/2 and approx_kl_k3 of exp(d) - 1 - d, d = logprobs - old_logprobs; the fractions say how often each clip decided
+    the loss. A batch with no counted token gives zeros.
+    """
+
+    sums: Tensor  # (13,) float64, PPO_FIELDS
+
+    def __add__(self, other: PPOStats) -> PPOStats:
+        """The statistics of both batches together."""
+        merged = self.sums + other.sums
+        merged[_MAX] = torch.maximum(self.sums[_MAX], other.sums[_MAX])
+        return PPOStats(merged)
+
+    def all_reduce_(self, group: dist.ProcessGroup | None = None) -> PPOStats:
+        """Merges the ranks of a process group in place, on the device."""
+        largest = self.sums[_MAX].clone()
+        dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=group)
+        dist.all_reduce(self.sums, group=group)
+        self.sums[_MAX] = largest
+        return self
+
+    def _means(self) -> Tensor:
+        tokens = self.sums[_TOKENS].clamp(min=1)
+        means = self.sums / tokens
+        means[:_UNITS] = self.sums[:_UNITS] / self.sums[_UNITS].clamp(min=1)
+        means[_UNITS:_TOKENS + 1] = self.sums[_UNITS:_TOKENS + 1]
+        means[_MAX] = self.sums[_MAX]
+        return means
+
+    def as_dict(self) -> dict[str, float]:
+        """Every view as a Python number: one host sync."""
+        return {name: value for name, value in zip(PPO_FIELDS, self._means().tolist()) if name != "units"}
+
+    def __getattr__(self, name: str) -> Tensor:
+        if name not in PPO_FIELDS or name == "units":
+            raise AttributeError(f"PPOStats has no view {name!r}; it has {', '.join(f for f in PPO_FIELDS if f != 'units')}")
+        return self._means()[PPO_FIELDS.index(name)]
