@@ -11,6 +11,7 @@ from .ops.gae import gae
 from .ops.masked_whiten import masked_whiten
 from .ops.ppo_advantages import AdvantageOptions, PPOAdvantages, ppo_advantages
 from .ops.ppo_loss import PPOLossOptions, ppo_loss
+from .packing import pack_sequences, plan_microbatches
 from .stats import PPOStats
 
 __version__ = "0.1.0"
@@ -19,5 +20,5 @@ load_kernels()
 
 __all__ = [
     "AdvantageOptions", "Backends", "PPOAdvantages", "PPOLossOptions", "PPOStats", "backend", "backends", "gae", "masked_whiten",
-    "ppo_advantages", "ppo_loss", "token_kl", "token_logprobs",
+    "pack_sequences", "plan_microbatches", "ppo_advantages", "ppo_loss", "token_kl", "token_logprobs",
 ]  # fmt: skip

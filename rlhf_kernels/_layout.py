@@ -73,15 +73,14 @@ def last_counted(
 def to_padded(
     packed: Tensor,  # (N,)
     cu_seqlens: Tensor,  # (B+1,) int32
-    fill: float | bool = 0,
 ) -> Tensor:
-    """(B, T) with T the longest sequence. Reads cu_seqlens on the host: for references, not for kernels."""
+    """(B, T) with T the longest sequence, zeros after the end of each. Reads cu_seqlens on the host: for references, not for kernels."""
     lengths = cu_seqlens.diff()
     longest = int(lengths.max()) if lengths.numel() else 0
     position = torch.arange(longest, device=packed.device)
     inside = position < lengths[:, None]
     index = (cu_seqlens[:-1, None] + position).clamp_(max=max(packed.shape[0] - 1, 0))
-    return torch.where(inside, packed[index], fill) if packed.shape[0] else packed.new_full(inside.shape, fill)
+    return packed[index].masked_fill(~inside, 0) if packed.shape[0] else packed.new_zeros(inside.shape)
 
 
 def to_packed(
