@@ -1,12 +1,13 @@
 """Builds the compiled parts; everything else about the package is in pyproject.toml.
 
-    rlhf_kernels/_C_cpu.so    stable-ABI torch library: csrc/cpu/<op>.cpp registers, <op>_kernel.cpp is compiled per instruction set
-    rlhf_kernels/_C_cuda.so   stable-ABI torch library: csrc/cuda/<op>.cu kernels by nvcc, <op>.cpp registers; no GPU is needed to build it
-    rlhf_kernels/_host*.so    pybind11 module
-    rlhf_kernels/_build.json  which of them were built and why the others were not; `rlhf_kernels.backends()` reads it
+    _C_cpu.so    stable-ABI torch library: csrc/cpu/<op>.cpp registers, <op>_kernel.cpp is compiled per instruction set
+    _C_cuda.so   stable-ABI torch library: csrc/cuda/<op>.cu kernels by nvcc, <op>.cpp registers; needs no GPU to build
+    _host*.so    pybind11 module
+    _build.json  which of them were built and why the others were not; `rlhf_kernels.backends()` reads it
 
-A missing compiler leaves its libraries out. Environment: RLHF_KERNELS_CPU=0|1 and RLHF_KERNELS_CUDA=0|1 leave a part out or make its
-absence an error, RLHF_KERNELS_DEBUG=1 builds with -O0 -g, TORCH_CUDA_ARCH_LIST (default "8.0;9.0;10.0+PTX"), CXX, CUDA_HOME, MAX_JOBS.
+A missing compiler leaves its libraries out. Environment: RLHF_KERNELS_CPU=0|1 and RLHF_KERNELS_CUDA=0|1 leave a part
+out or make its absence an error, RLHF_KERNELS_DEBUG=1 builds with -O0 -g, TORCH_CUDA_ARCH_LIST (default
+"8.0;9.0;10.0+PTX"), CXX, CUDA_HOME, MAX_JOBS.
 """
 
 import importlib.util
@@ -28,7 +29,15 @@ X86 = platform.machine() in ("x86_64", "AMD64")
 ISA_FLAGS = {"baseline": []}
 if X86:
     ISA_FLAGS["avx2"] = ["-mavx2", "-mfma", "-mf16c"]
-    ISA_FLAGS["avx512"] = ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma", "-mf16c", "-mprefer-vector-width=512"]
+    ISA_FLAGS["avx512"] = [
+        "-mavx512f",
+        "-mavx512bw",
+        "-mavx512dq",
+        "-mavx512vl",
+        "-mfma",
+        "-mf16c",
+        "-mprefer-vector-width=512",
+    ]
 STABLE_ABI = ["-DTORCH_TARGET_VERSION=0x020a000000000000ULL"]  # torch >= 2.10
 DEBUG = os.environ.get("RLHF_KERNELS_DEBUG") == "1"
 OPTIMISE = ["-O0", "-g"] if DEBUG else ["-O3"]
@@ -111,7 +120,9 @@ class Plan:
         (self.build_dir / "build.ninja").write_text("\n".join(self.lines) + "\n")
         ninja = shutil.which("ninja") or str(Path(sys.executable).with_name("ninja"))
         jobs = ["-j", os.environ["MAX_JOBS"]] if os.environ.get("MAX_JOBS") else []
-        done = subprocess.run([ninja, *jobs], cwd=self.build_dir, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        done = subprocess.run(
+            [ninja, *jobs], cwd=self.build_dir, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        )
         if done.returncode:
             raise Unavailable(f"{self.name} failed to build:\n{done.stdout}")
         # Warnings (and ptxas' resource report) are kept where a person can read them.
@@ -123,7 +134,8 @@ def torch_flags():
 
 
 def link_flags():
-    # Without NEEDED libtorch_cpu the library has undefined symbols even after `import torch`, which loads it RTLD_LOCAL.
+    # Without NEEDED libtorch_cpu the library has undefined symbols even after `import torch`, which loads it
+    # RTLD_LOCAL.
     return [f"-L{torch_dir() / 'lib'}", "-Wl,--no-as-needed", "-ltorch_cpu"]
 
 
@@ -133,7 +145,9 @@ def plan_cpu(plan, out):
     for source in sorted((ROOT / "csrc/cpu").glob("*.cpp")):
         if source.stem.endswith("_kernel"):
             for isa, isa_flags in ISA_FLAGS.items():
-                plan.compile("cxx", cxx, source, [*flags, "-ffp-contract=fast", *isa_flags, f"-DRLHF_ISA={isa}"], tag=f"_{isa}")
+                plan.compile(
+                    "cxx", cxx, source, [*flags, "-ffp-contract=fast", *isa_flags, f"-DRLHF_ISA={isa}"], tag=f"_{isa}"
+                )
         else:
             plan.compile("cxx", cxx, source, [*flags, *(["-DRLHF_X86"] if X86 else []), *torch_flags()])
     plan.link(cxx, out, link_flags())
@@ -155,12 +169,22 @@ def plan_cuda(plan, out):
 
 
 def cuda_link_flags(plan, cxx):
-    """Links libtorch_cuda, or an empty stub of its soname where torch is a CPU build, so that NEEDED names it on a GPU machine."""
+    """Links libtorch_cuda, or an empty stub of its soname where torch is a CPU build, so that NEEDED names it on a
+    GPU machine."""
     lib = torch_dir() / "lib"
     if not (lib / "libtorch_cuda.so").exists():
         lib = plan.build_dir
         lib.mkdir(parents=True, exist_ok=True)
-        stub = [*shlex.split(cxx), "-shared", "-x", "c++", os.devnull, "-Wl,-soname,libtorch_cuda.so", "-o", str(lib / "libtorch_cuda.so")]
+        stub = [
+            *shlex.split(cxx),
+            "-shared",
+            "-x",
+            "c++",
+            os.devnull,
+            "-Wl,-soname,libtorch_cuda.so",
+            "-o",
+            str(lib / "libtorch_cuda.so"),
+        ]
         subprocess.run(stub, check=True)
     return ["-Xlinker", "--no-as-needed", f"-L{lib}", "-ltorch_cuda", f"-L{torch_dir() / 'lib'}", "-ltorch_cpu"]
 
@@ -170,14 +194,26 @@ def plan_host(plan, out):
 
     cxx = cxx_compiler()
     includes = [f"-I{pybind11.get_include()}", f"-I{sysconfig.get_paths()['include']}", f"-I{ROOT / 'csrc'}"]
-    flags = [*OPTIMISE, "-std=c++17", "-fPIC", "-fvisibility=hidden", "-Wall", *(["-DRLHF_X86"] if X86 else []), *includes]
+    flags = [
+        *OPTIMISE,
+        "-std=c++17",
+        "-fPIC",
+        "-fvisibility=hidden",
+        "-Wall",
+        *(["-DRLHF_X86"] if X86 else []),
+        *includes,
+    ]
     for source in sorted((ROOT / "csrc/host").glob("*.cpp")):
         plan.compile("cxx", cxx, source, flags)
     plan.link(cxx, out, [])
     return {"compiler": cxx}
 
 
-LIBRARIES = {"_C_cpu": (plan_cpu, "RLHF_KERNELS_CPU"), "_C_cuda": (plan_cuda, "RLHF_KERNELS_CUDA"), "_host": (plan_host, "RLHF_KERNELS_CPU")}
+LIBRARIES = {
+    "_C_cpu": (plan_cpu, "RLHF_KERNELS_CPU"),
+    "_C_cuda": (plan_cuda, "RLHF_KERNELS_CUDA"),
+    "_host": (plan_host, "RLHF_KERNELS_CPU"),
+}
 
 
 class BuildKernels(build_ext):

@@ -1,16 +1,17 @@
-"""Fused, exact RLHF ops for PyTorch, each with a plain-torch reference and C++, Triton and CUDA kernels behind one registered op.
+"""Fused, exact RLHF ops for PyTorch, each with a plain-torch reference and C++, Triton and CUDA kernels behind one
+registered op.
 
-In the order of the pipeline: token_logprobs and token_kl from logits, ppo_advantages (gae and masked_whiten) from rewards, ppo_loss.
-`backends()` says which kernel serves each op on this machine, and why the others do not.
+In the order of the pipeline: token_logprobs and token_kl from logits, ppo_advantages (gae and masked_whiten) from
+rewards, ppo_loss. `backends()` says which kernel serves each op on this machine, and why the others do not.
 """
 
 from ._library import Backends, backend, backends, load_kernels
-from .ops.token_logprobs import token_logprobs
-from .ops.token_kl import token_kl
 from .ops.gae import gae
 from .ops.masked_whiten import masked_whiten
 from .ops.ppo_advantages import AdvantageOptions, PPOAdvantages, ppo_advantages
 from .ops.ppo_loss import PPOLossOptions, ppo_loss
+from .ops.token_kl import token_kl
+from .ops.token_logprobs import token_logprobs
 from .packing import pack_sequences, plan_microbatches
 from .stats import PPOStats
 
@@ -19,6 +20,6 @@ __version__ = "0.1.0"
 load_kernels()
 
 __all__ = [
-    "AdvantageOptions", "Backends", "PPOAdvantages", "PPOLossOptions", "PPOStats", "backend", "backends", "gae", "masked_whiten",
-    "pack_sequences", "plan_microbatches", "ppo_advantages", "ppo_loss", "token_kl", "token_logprobs",
+    "AdvantageOptions", "Backends", "PPOAdvantages", "PPOLossOptions", "PPOStats", "backend", "backends", "gae",
+    "masked_whiten", "pack_sequences", "plan_microbatches", "ppo_advantages", "ppo_loss", "token_kl", "token_logprobs",
 ]  # fmt: skip

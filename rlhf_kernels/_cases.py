@@ -1,4 +1,5 @@
-"""The cases of the battery: inputs, and oracles written as a textbook would, with autograd and loops, apart from the references."""
+"""The cases of the battery: inputs, and oracles written as a textbook would, with autograd and loops, apart from the
+references."""
 
 from __future__ import annotations
 
@@ -7,6 +8,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from ._case_inputs import LAYOUTS, logits, sequences, tokens, two_logprobs
 from .ops.gae import gae
 from .ops.masked_whiten import masked_whiten
 from .ops.ppo_advantages import AdvantageOptions, ppo_advantages
@@ -20,20 +22,6 @@ F32_F64 = (torch.float32, torch.float64)
 
 
 # --- token_logprobs -------------------------------------------------------------------------------------------------
-
-
-def _logits(generator, rows=(3, 5), vocab=127, offset=0.0, scale=3.0, minus_inf=False, ignored=False, ids=torch.int64, temperatures=False):
-    logits = torch.randn(*rows, vocab, generator=generator, dtype=torch.float64) * scale + offset
-    token_ids = torch.randint(0, vocab, rows, generator=generator).to(ids)
-    if minus_inf:
-        banned = torch.rand(logits.shape, generator=generator) < 0.3
-        logits.masked_fill_(banned.scatter(-1, token_ids.long()[..., None], False), -float("inf"))
-    if ignored:
-        token_ids.masked_fill_(torch.rand(rows, generator=generator) < 0.4, -100)
-    out = {"logits": logits, "token_ids": token_ids}
-    if temperatures:
-        out["temperature"] = torch.rand(rows, generator=generator, dtype=torch.float64) + 0.5
-    return out
 
 
 def _token_logprobs(logits, token_ids, temperature=1.0, **options):
@@ -51,12 +39,21 @@ def _token_logprobs_oracle(logits, token_ids, temperature=1.0, softcap=None, ret
     return (chosen, entropy) if return_entropy else (chosen,)
 
 
-def _logprob_case(name: str, large: bool = False, values_only: bool = False, temperature=1.0, softcap=None, return_entropy=True, **inputs) -> OpCase:
+def _logprob_case(
+    name: str,
+    large: bool = False,
+    values_only: bool = False,
+    temperature=1.0,
+    softcap=None,
+    return_entropy=True,
+    **inputs,
+) -> OpCase:
     options = {"softcap": softcap, "return_entropy": return_entropy}
     if not inputs.get("temperatures"):
         options["temperature"] = temperature
     return OpCase(
-        "token_logprobs", name, partial(_logits, **inputs), partial(_token_logprobs, **options), partial(_token_logprobs_oracle, **options),
+        "token_logprobs", name, partial(logits, **inputs),
+        partial(_token_logprobs, **options), partial(_token_logprobs_oracle, **options),
         learned=("logits",), row_major=("logits",), large=large, values_only=values_only,
     )  # fmt: skip
 
@@ -74,17 +71,16 @@ TOKEN_LOGPROBS = [
     _logprob_case("peaked", vocab=4099, scale=40.0, values_only=True),
     _logprob_case("softcap_30", vocab=4097, scale=40.0, softcap=30.0, values_only=True),
     _logprob_case("vocab_32000", rows=(3,), vocab=32000, temperatures=True, values_only=True),
-    *(_logprob_case(f"vocab_{v}_rows_{n}", True, rows=(n,), vocab=v, ignored=True) for v in (32000, 50257, 128257, 151936) for n in (1, 33)),
+    *(
+        _logprob_case(f"vocab_{v}_rows_{n}", True, rows=(n,), vocab=v, ignored=True)
+        for v in (32000, 50257, 128257, 151936)
+        for n in (1, 33)
+    ),
     _logprob_case("vocab_151936_softcap", True, rows=(9,), vocab=151936, softcap=30.0, temperatures=True, offset=1e4),
 ]
 
 
 # --- token_kl -------------------------------------------------------------------------------------------------------
-
-
-def _two_logprobs(generator, shape=(4, 9), spread=0.3):
-    logprobs = -torch.rand(shape, generator=generator, dtype=torch.float64) * 8
-    return {"logprobs": logprobs, "ref_logprobs": logprobs + spread * torch.randn(shape, generator=generator, dtype=torch.float64)}
 
 
 def _kl_oracle(logprobs, ref_logprobs, estimator="k1", clamp=None):
@@ -100,63 +96,22 @@ def _kl_oracle(logprobs, ref_logprobs, estimator="k1", clamp=None):
 def _kl_case(estimator: str, clamp=None, **inputs) -> OpCase:
     options = {"estimator": estimator, "clamp": clamp}
     return OpCase(
-        "token_kl", estimator + ("_clamped" if clamp else ""), partial(_two_logprobs, **inputs), lambda **x: (token_kl(**x, **options),),
-        partial(_kl_oracle, **options), learned=("logprobs", "ref_logprobs"), values_only=estimator != "k3",
+        "token_kl", estimator + ("_clamped" if clamp else ""), partial(two_logprobs, **inputs),
+        lambda **x: (token_kl(**x, **options),), partial(_kl_oracle, **options),
+        learned=("logprobs", "ref_logprobs"), values_only=estimator != "k3",
     )  # fmt: skip
 
 
-TOKEN_KL = [*map(_kl_case, ("k1", "abs", "k2", "k3", "k1+", "abs+", "k2+", "k3+")), _kl_case("k3", 0.2), _kl_case("k1", shape=(0, 3))]
+TOKEN_KL = [
+    *map(_kl_case, ("k1", "abs", "k2", "k3", "k1+", "abs+", "k2+", "k3+")),
+    _kl_case("k3", 0.2),
+    _kl_case("k1", shape=(0, 3)),
+]
 
 
 # --- token sequences: masks and layouts -----------------------------------------------------------------------------
 
 
-def _mask(generator, shape, kind):
-    if kind == "gaps":
-        return torch.rand(shape, generator=generator) < 0.6
-    if kind == "none":
-        return torch.zeros(shape, dtype=torch.bool)
-    lengths = torch.randint(0, shape[-1] + 1, (shape[0], 1), generator=generator)
-    right_padded = torch.arange(shape[-1]) < lengths
-    return right_padded.flip(-1) if kind == "left" else right_padded
-
-
-def _tokens(generator, names, shape=(4, 13), mask="right", packed=False, per_sequence=(), offset=0.0):
-    """Random per-token inputs in either layout, with per-sequence ones beside them."""
-    out = {}
-    n_sequences = shape[0]
-    if packed:
-        lengths = torch.randint(0, shape[1] + 1, (n_sequences,), generator=generator)
-        lengths[0] = 0  # an empty sequence
-        out["cu_seqlens"] = torch.cat([torch.zeros(1, dtype=torch.int64), lengths.cumsum(0)]).to(torch.int32)
-        shape = (int(lengths.sum()),)
-        mask = mask if mask in (None, "none") else "gaps"
-    for name in names:
-        out[name] = torch.randn(shape, generator=generator, dtype=torch.float64) + offset
-    for name in per_sequence:
-        out[name] = torch.randn(n_sequences, generator=generator, dtype=torch.float64)
-    if mask is not None:
-        out["mask"] = _mask(generator, shape, mask)
-    return out
-
-
-def sequences(like: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None) -> list[Tensor]:
-    """Flat indices of the counted tokens of each sequence, in order."""
-    counted = torch.ones_like(like, dtype=torch.bool) if mask is None else mask
-    if cu_seqlens is None:
-        bounds = [i * like.shape[1] for i in range(like.shape[0] + 1)]
-    else:
-        bounds = cu_seqlens.tolist()
-    flat = counted.reshape(-1)
-    return [flat[a:b].nonzero()[:, 0] + a for a, b in zip(bounds, bounds[1:])]
-
-
-LAYOUTS = {
-    "right_padded": {}, "packed": {"packed": True, "mask": None}, "left_padded": {"mask": "left"}, "gaps": {"mask": "gaps", "shape": (5, 21)},
-    "packed_gaps": {"packed": True, "shape": (6, 17)}, "all_masked": {"mask": "none"}, "no_mask": {"mask": None}, "one_step": {"shape": (3, 1)},
-    "no_sequences": {"shape": (0, 5)}, "no_steps": {"shape": (3, 0), "mask": None}, "long": {"shape": (2, 700), "mask": "gaps"},
-    "many": {"shape": (300, 3)},
-}  # fmt: skip
 THOROUGH = ("right_padded", "packed", "no_sequences")
 
 
@@ -171,7 +126,9 @@ def _gae_oracle(rewards, values, mask=None, cu_seqlens=None, bootstrap_values=No
         next_value = 0.0 if bootstrap_values is None else bootstrap_values[b].to(rewards.dtype)
         previous = None
         for t in reversed(index.tolist()):
-            for _ in range(0 if previous is None or gap == "skip" else previous - t - 1):  # gap="zero": steps of value and reward 0
+            for _ in range(
+                0 if previous is None or gap == "skip" else previous - t - 1
+            ):  # gap="zero": steps of value and reward 0
                 advantage, next_value = gamma * next_value + gamma * lam * advantage, 0.0
             delta = rewards.reshape(-1)[t] + gamma * next_value - flat_v[t]
             advantages[t] = advantage = delta + gamma * lam * advantage
@@ -184,7 +141,7 @@ def _gae_oracle(rewards, values, mask=None, cu_seqlens=None, bootstrap_values=No
 def _gae_case(name, layout, bootstrap=False, values_only=True, offset=0.0, **options) -> OpCase:
     per_sequence = ("bootstrap_values",) if bootstrap else ()
     return OpCase(
-        "gae", name, partial(_tokens, names=("rewards", "values"), per_sequence=per_sequence, offset=offset, **layout),
+        "gae", name, partial(tokens, names=("rewards", "values"), per_sequence=per_sequence, offset=offset, **layout),
         partial(gae, **options), partial(_gae_oracle, **options), values_only=values_only, tolerance=3e-6,
     )  # fmt: skip
 
@@ -214,13 +171,17 @@ def _whiten_oracle(x, mask=None, shift_mean=True, unbiased=False, eps=1e-8):
 
 def _whiten_case(name, layout, values_only=True, offset=0.0, **options) -> OpCase:
     return OpCase(
-        "masked_whiten", name, partial(_tokens, names=("x",), offset=offset, **layout), lambda **x: (masked_whiten(**x, **options),),
-        partial(_whiten_oracle, **options), values_only=values_only,
+        "masked_whiten", name, partial(tokens, names=("x",), offset=offset, **layout),
+        lambda **x: (masked_whiten(**x, **options),), partial(_whiten_oracle, **options), values_only=values_only,
     )  # fmt: skip
 
 
 MASKED_WHITEN = [
-    *(_whiten_case(name, LAYOUTS[name], values_only=name != "gaps") for name in LAYOUTS if "packed" not in name and name != "one_step"),
+    *(
+        _whiten_case(name, LAYOUTS[name], values_only=name != "gaps")
+        for name in LAYOUTS
+        if "packed" not in name and name != "one_step"
+    ),
     _whiten_case("keep_mean", LAYOUTS["gaps"], shift_mean=False, offset=5.0),
     _whiten_case("unbiased", LAYOUTS["right_padded"], unbiased=True),
     _whiten_case("offset", LAYOUTS["long"], offset=1e4),
@@ -259,15 +220,18 @@ def _advantage_case(name, layout, values_only=True, per_token=False, **options) 
     names = ("logprobs", "ref_logprobs", "values", *(["scores"] if per_token else []))
     options = AdvantageOptions(**options)
     return OpCase(
-        "ppo_advantages", name, partial(_tokens, names=names, per_sequence=() if per_token else ("scores",), **layout),
-        partial(ppo_advantages, options=options), partial(_advantages_oracle, options=options), values_only=values_only, tolerance=3e-6,
+        "ppo_advantages", name, partial(tokens, names=names, per_sequence=() if per_token else ("scores",), **layout),
+        partial(ppo_advantages, options=options), partial(_advantages_oracle, options=options),
+        values_only=values_only, tolerance=3e-6,
     )  # fmt: skip
 
 
 PPO_ADVANTAGES = [
     *(_advantage_case(name, layout, values_only=name not in THOROUGH) for name, layout in LAYOUTS.items()),
     _advantage_case("whiten_both", LAYOUTS["gaps"], whiten_rewards=True, kl_estimator="k3", gamma=0.98),
-    _advantage_case("whiten_none_clip", LAYOUTS["packed_gaps"], whiten_advantages=False, score_clip=0.5, kl_estimator="abs"),
+    _advantage_case(
+        "whiten_none_clip", LAYOUTS["packed_gaps"], whiten_advantages=False, score_clip=0.5, kl_estimator="abs"
+    ),
     _advantage_case("per_token_scores", LAYOUTS["gaps"], per_token=True, kl_estimator="k2", score_clip=1.0),
     _advantage_case("per_token_packed", LAYOUTS["packed_gaps"], per_token=True, whiten_rewards=True),
 ]
@@ -277,8 +241,10 @@ PPO_ADVANTAGES = [
 
 
 def _loss_inputs(generator, value=True, entropy=True, ref=True, weights=False, denominator=None, **layout):
-    names = ["logprobs", "old_logprobs", "advantages"] + ["values", "old_values", "returns"] * value + ["entropy"] * entropy
-    out = _tokens(generator, names + ["ref_logprobs"] * ref + ["is_weights"] * weights, **layout)
+    names = (
+        ["logprobs", "old_logprobs", "advantages"] + ["values", "old_values", "returns"] * value + ["entropy"] * entropy
+    )
+    out = tokens(generator, names + ["ref_logprobs"] * ref + ["is_weights"] * weights, **layout)
     for name in ("logprobs", "ref_logprobs"):
         if name in out:  # ratios of about 1, as in training
             out[name] = out["old_logprobs"] + 0.25 * out[name]
@@ -289,11 +255,15 @@ def _loss_inputs(generator, value=True, entropy=True, ref=True, weights=False, d
 
 def _ppo_loss(options, **inputs):
     loss, stats = ppo_loss(options=options, **inputs)
-    return loss, stats.sums.new_tensor(0) + torch.stack([getattr(stats, name) for name in PPO_FIELDS if name != "units"])
+    return loss, stats.sums.new_tensor(0) + torch.stack(
+        [getattr(stats, name) for name in PPO_FIELDS if name != "units"]
+    )
 
 
-def _ppo_loss_oracle(options, logprobs, old_logprobs, advantages, mask=None, cu_seqlens=None, values=None, old_values=None, returns=None,
-                     entropy=None, ref_logprobs=None, is_weights=None, denominator=None):  # fmt: skip
+def _ppo_loss_oracle(
+    options, logprobs, old_logprobs, advantages, mask=None, cu_seqlens=None, values=None, old_values=None,
+    returns=None, entropy=None, ref_logprobs=None, is_weights=None, denominator=None,
+):  # fmt: skip
     o = options
     dtype = torch.float32 if logprobs.dtype in (torch.bfloat16, torch.float16) else logprobs.dtype
     logprobs, old_logprobs, advantages = logprobs.to(dtype), old_logprobs.to(dtype), advantages.to(dtype)
@@ -331,12 +301,15 @@ def _ppo_loss_oracle(options, logprobs, old_logprobs, advantages, mask=None, cu_
     return loss, torch.stack([s.detach() for s in stats])
 
 
-def _loss_case(name, layout, values_only=True, value=True, entropy=True, ref=True, weights=False, denominator=None, **options) -> OpCase:
+def _loss_case(
+    name, layout, values_only=True, value=True, entropy=True, ref=True, weights=False, denominator=None, **options
+) -> OpCase:
     options = PPOLossOptions(**{"entropy_coef": 0.01 * entropy, "kl_coef": 0.1 * ref, "clip_high": 0.28, **options})
     inputs = {"value": value, "entropy": entropy, "ref": ref, "weights": weights, "denominator": denominator}
     return OpCase(
-        "ppo_loss", name, partial(_loss_inputs, **inputs, **layout), partial(_ppo_loss, options), partial(_ppo_loss_oracle, options),
-        learned=("logprobs", *(["values"] if value else []), *(["entropy"] if entropy else [])), values_only=values_only,
+        "ppo_loss", name, partial(_loss_inputs, **inputs, **layout),
+        partial(_ppo_loss, options), partial(_ppo_loss_oracle, options),
+        learned=("logprobs", *["values"] * value, *["entropy"] * entropy), values_only=values_only,
     )  # fmt: skip
 
 
@@ -350,7 +323,13 @@ PPO_LOSS = [
         for reduction, kl in (("seq_mean_token_sum", "k2"), ("seq_mean_token_mean", "abs"), ("sum", "k3+"))
         for layout in ("gaps", "packed_gaps", "all_masked")
     ),
-    _loss_case("seq_mean_denominator", LAYOUTS["packed_gaps"], reduction="seq_mean_token_mean", denominator=9.0, kl_estimator="k1+"),
+    _loss_case(
+        "seq_mean_denominator",
+        LAYOUTS["packed_gaps"],
+        reduction="seq_mean_token_mean",
+        denominator=9.0,
+        kl_estimator="k1+",
+    ),
     _loss_case("blocks", {"shape": (64, 300), "mask": "gaps"}, kl_estimator="k1"),
 ]
 

@@ -22,7 +22,9 @@ def is_tensor(name: str, value: object) -> None:
 def is_float(name: str, value: Tensor) -> None:
     is_tensor(name, value)
     if value.dtype not in FLOATS:
-        raise TypeError(f"{name}: expected float32, float64, bfloat16 or float16, got {value.dtype}; convert it with .float()")
+        raise TypeError(
+            f"{name}: expected float32, float64, bfloat16 or float16, got {value.dtype}; convert it with .float()"
+        )
 
 
 def same_shape(name: str, value: Tensor, other_name: str, shape: Sequence[int]) -> None:
@@ -32,7 +34,10 @@ def same_shape(name: str, value: Tensor, other_name: str, shape: Sequence[int]) 
 
 def same_device(name: str, value: Tensor, other_name: str, other: Tensor) -> None:
     if value.device != other.device:
-        raise ValueError(f"{name}: expected device {other.device}, that of {other_name}, got {value.device}; move it with .to({other_name}.device)")
+        raise ValueError(
+            f"{name}: expected device {other.device}, that of {other_name}, got {value.device}; "
+            f"move it with .to({other_name}.device)"
+        )
 
 
 def like(name: str, value: Tensor | None, other_name: str, other: Tensor) -> None:
@@ -77,9 +82,16 @@ def one_of(name: str, value: str, options: Sequence[str]) -> int:
     return options.index(value)
 
 
-def number(name: str, value: float, low: float | None = None, high: float | None = None, *, above: float | None = None) -> None:
+def number(
+    name: str, value: float, low: float | None = None, high: float | None = None, *, above: float | None = None
+) -> None:
     """A finite real number, optionally in [low, high] or strictly above a bound."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or value != value or value in (float("inf"), -float("inf")):
+    if (
+        isinstance(value, bool)
+        or not isinstance(value, (int, float))
+        or value != value
+        or value in (float("inf"), -float("inf"))
+    ):
         raise ValueError(f"{name}: expected a finite number, got {value!r}")
     if above is not None and value <= above:
         raise ValueError(f"{name}: expected a number above {above}, got {value}")

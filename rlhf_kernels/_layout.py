@@ -1,4 +1,5 @@
-"""The two token layouts: padded (B, T), and packed (N,) with cu_seqlens (B+1,) int32. Sequence b of a packed tensor is [cu[b], cu[b+1])."""
+"""The two token layouts: padded (B, T), and packed (N,) with cu_seqlens (B+1,) int32. Sequence b of a packed tensor
+is [cu[b], cu[b+1])."""
 
 from __future__ import annotations
 
@@ -25,7 +26,10 @@ def check_cu_seqlens(cu_seqlens: Tensor | None, n_tokens: int) -> None:
     if cu_seqlens is None or cu_seqlens.device.type != "cpu":
         return
     if int(cu_seqlens[0]) != 0 or int(cu_seqlens[-1]) != n_tokens or bool((cu_seqlens.diff() < 0).any()):
-        raise invalid(f"cu_seqlens: expected bounds that rise from 0 to {n_tokens}, the number of tokens, got {cu_seqlens.tolist()[:8]}")
+        raise invalid(
+            f"cu_seqlens: expected bounds that rise from 0 to {n_tokens}, the number of tokens, "
+            f"got {cu_seqlens.tolist()[:8]}"
+        )
 
 
 def full_mask(mask: Tensor | None, like: Tensor) -> Tensor:
@@ -74,7 +78,8 @@ def to_padded(
     packed: Tensor,  # (N,)
     cu_seqlens: Tensor,  # (B+1,) int32
 ) -> Tensor:
-    """(B, T) with T the longest sequence, zeros after the end of each. Reads cu_seqlens on the host: for references, not for kernels."""
+    """(B, T) with T the longest sequence, zeros after the end of each. Reads cu_seqlens on the host: for references,
+    not for kernels."""
     lengths = cu_seqlens.diff()
     longest = int(lengths.max()) if lengths.numel() else 0
     position = torch.arange(longest, device=packed.device)

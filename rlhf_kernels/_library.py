@@ -7,8 +7,8 @@ An op has one schema, one fake, one autograd formula and up to four kernels:
     triton      from rlhf_kernels/triton, registered under the key CUDA (NVIDIA and AMD)
     cuda        CUDA C++ from _C_cuda.so, registered under the key CUDA, where it replaces Triton
 
-Libraries are loaded before Python kernels are registered, because the last registration for a key wins and one from a library
-is not seen by `allow_override=False`. `backend(name)` registers on top and takes its registrations back.
+Libraries are loaded before Python kernels are registered, because the last registration for a key wins and one from a
+library is not seen by `allow_override=False`. `backend(name)` registers on top and takes its registrations back.
 """
 
 from __future__ import annotations
@@ -56,14 +56,18 @@ def define(
     setup_context: Callable | None = None,
     backward: Callable | None = None,
 ) -> torch._ops.OpOverload:
-    """Defines an op with kernels. Without `backward` it is not differentiable, on any backend: the reference runs under no_grad."""
+    """Defines an op with kernels. Without `backward` it is not differentiable, on any backend: the reference runs
+    under no_grad."""
     name = schema.partition("(")[0]
     _library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
     if backward is None:
         reference = torch.no_grad()(reference)
     _library.impl(name, reference, "CompositeExplicitAutograd")
     torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=_library)
-    if backward is not None:
+    if backward is None:
+        # Without this the dispatcher's fallback marks outputs as requiring a gradient that nothing can give.
+        _library.impl(name, torch.library.fallthrough_kernel, "Autograd")
+    else:
         torch.library.register_autograd(f"{NAMESPACE}::{name}", backward, setup_context=setup_context, lib=_library)
     overload = getattr(torch.ops.rlhf_kernels, name).default
     OPS[name] = Op(overload, reference)
@@ -71,7 +75,8 @@ def define(
 
 
 def define_composite(schema: str, reference: Callable) -> torch._ops.OpOverload:
-    """Defines an op whose reference is its only kernel: autograd and the compiler see through it, so small vectors fuse with their neighbours."""
+    """Defines an op whose reference is its only kernel: autograd and the compiler see through it, so small vectors
+    fuse with their neighbours."""
     name = schema.partition("(")[0]
     _library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
     _library.impl(name, reference, "CompositeImplicitAutograd")
@@ -140,7 +145,11 @@ def load_kernels() -> None:
     _load("cpu", "_C_cpu")
     gpu = torch.cuda.is_available()
     if not gpu:
-        _failures["cuda"] = _build_record("_C_cuda") if not (_FOLDER / "_C_cuda.so").exists() else "built, but torch sees no CUDA device"
+        _failures["cuda"] = (
+            _build_record("_C_cuda")
+            if not (_FOLDER / "_C_cuda.so").exists()
+            else "built, but torch sees no CUDA device"
+        )
     elif torch.version.cuda is None:
         _failures["cuda"] = "torch is built for ROCm, where the Triton kernels run"
     else:
@@ -188,8 +197,8 @@ def _select(name: str | None) -> None:
 def backend(name: str) -> Iterator[None]:
     """Runs the block with one backend: "reference", "cpu", "triton" or "cuda"; ops that lack it keep their own choice.
 
-    For comparing and debugging: the choice is one for the whole process. Environment: RLHF_KERNELS_BACKEND sets it for a run. Raises
-    RuntimeError, saying why, when that backend cannot load here.
+    For comparing and debugging: the choice is one for the whole process. Environment: RLHF_KERNELS_BACKEND sets it
+    for a run. Raises RuntimeError, saying why, when that backend cannot load here.
     """
     previous = _active
     _select(name)
@@ -210,7 +219,10 @@ class Backends:
 
     def __str__(self) -> str:
         width = max(map(len, self.ops))
-        lines = [f"{op:<{width}}  " + "  ".join(f"{device}: {name}" for device, name in row.items()) for op, row in self.ops.items()]
+        lines = [
+            f"{op:<{width}}  " + "  ".join(f"{device}: {name}" for device, name in row.items())
+            for op, row in self.ops.items()
+        ]
         lines += [f"{name} is not available: {why}" for name, why in self.unavailable.items()]
         lines += [f"cpu instruction set: {self.cpu_isa}"] if self.cpu_isa else []
         return "\n".join([*lines, *self.notes])
@@ -223,7 +235,10 @@ def backends() -> Backends:
         served.update({(op, device): _active for op, device, _ in _registrations(_active)})
     devices = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
     table = {
-        name: {device: "torch (by design)" if op.composite else served.get((name, device), "reference") for device in devices}
+        name: {
+            device: "torch (by design)" if op.composite else served.get((name, device), "reference")
+            for device in devices
+        }
         for name, op in OPS.items()
     }
     notes = ("No GPU has timed the Triton and CUDA kernels yet: benchmarks/results holds no GPU file.",)

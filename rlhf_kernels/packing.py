@@ -1,4 +1,5 @@
-"""Host-side planners: which sequences share a packed row, and which share a micro-batch. In C++ where _host was built, else as written here."""
+"""Host-side planners: which sequences share a packed row, and which share a micro-batch. In C++ where _host was
+built, else as written here."""
 
 from __future__ import annotations
 
@@ -15,7 +16,9 @@ def _longest_first(lengths: Sequence[int], limit: int, limit_name: str) -> list[
     for i, n in enumerate(lengths):
         if not 0 <= n <= limit:
             way_out = f"truncate or drop that sequence, or raise {limit_name}"
-            raise ValueError(f"lengths: expected every length in [0, {limit_name}={limit}], got {n} at index {i}; {way_out}")
+            raise ValueError(
+                f"lengths: expected every length in [0, {limit_name}={limit}], got {n} at index {i}; {way_out}"
+            )
     return sorted(range(len(lengths)), key=lambda i: -lengths[i])
 
 
@@ -49,7 +52,8 @@ def pack_sequences(
     lengths: Sequence[int],  # tokens a sequence
     capacity: int,  # tokens a packed row
 ) -> list[list[int]]:
-    """Indices of the sequences of each packed row: best fit decreasing, at most 11/9 of the fewest rows plus one; ties go to the lower index.
+    """Indices of the sequences of each packed row: best fit decreasing, at most 11/9 of the fewest rows plus one;
+    ties go to the lower index.
 
     Raises ValueError for a length that is negative or above capacity, naming its index.
     """
@@ -60,8 +64,13 @@ def plan_microbatches(
     lengths: Sequence[int],  # tokens a sequence
     token_budget: int,  # most padded tokens (sequences x longest) a micro-batch may hold
 ) -> list[list[int]]:
-    """Indices of the sequences of each padded micro-batch, longest first, so that the largest allocation comes first and padding is small.
+    """Indices of the sequences of each padded micro-batch, longest first, so that the largest allocation comes first
+    and padding is small.
 
     Raises ValueError for a length that is negative or above token_budget, naming its index.
     """
-    return _host.plan_microbatches(list(lengths), token_budget) if _host else plan_microbatches_reference(lengths, token_budget)
+    return (
+        _host.plan_microbatches(list(lengths), token_budget)
+        if _host
+        else plan_microbatches_reference(lengths, token_budget)
+    )

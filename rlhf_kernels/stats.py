@@ -1,4 +1,5 @@
-"""Statistics of a loss as one small device tensor of sums and counts: adding is exact, reading a view is the only host sync."""
+"""Statistics of a loss as one small device tensor of sums and counts: adding is exact, reading a view is the only
+host sync."""
 
 from __future__ import annotations
 
@@ -8,8 +9,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-# The first four are sums with the weights of the reduction, to be divided by `units` (tokens or sequences; 0 for reduction="sum"); those between
-# tokens and ratio_max are sums over tokens.
+# The first four are sums with the weights of the reduction, to be divided by `units` (tokens or sequences; 0 for
+# reduction="sum"); those between tokens and ratio_max are sums over tokens.
 PPO_FIELDS = (
     "policy_loss", "value_loss", "entropy", "kl", "units", "tokens", "approx_kl", "approx_kl_k3",
     "clip_fraction", "dual_clip_fraction", "value_clip_fraction", "ratio_mean", "ratio_max",
@@ -21,9 +22,9 @@ _UNITS, _TOKENS, _MAX = PPO_FIELDS.index("units"), PPO_FIELDS.index("tokens"), l
 class PPOStats:
     """Statistics of `ppo_loss`. Views are 0-dim device tensors; `as_dict()` reads all of them with one transfer.
 
-    policy_loss, value_loss, entropy, kl: as the reduction reduces them, so that loss is their combination (denominator aside).
-    approx_kl is the mean of d^2/2 and approx_kl_k3 of exp(d) - 1 - d, d = logprobs - old_logprobs; the fractions say how often each clip decided
-    the loss. A batch with no counted token gives zeros.
+    policy_loss, value_loss, entropy, kl: as the reduction reduces them, so that loss is their combination
+    (denominator aside). approx_kl is the mean of d^2/2 and approx_kl_k3 of exp(d) - 1 - d, d = logprobs -
+    old_logprobs; the fractions say how often each clip decided the loss. A batch with no counted token gives zeros.
     """
 
     sums: Tensor  # (13,) float64, PPO_FIELDS
@@ -46,7 +47,7 @@ class PPOStats:
         tokens = self.sums[_TOKENS].clamp(min=1)
         means = self.sums / tokens
         means[:_UNITS] = self.sums[:_UNITS] / self.sums[_UNITS].clamp(min=1)
-        means[_UNITS:_TOKENS + 1] = self.sums[_UNITS:_TOKENS + 1]
+        means[_UNITS : _TOKENS + 1] = self.sums[_UNITS : _TOKENS + 1]
         means[_MAX] = self.sums[_MAX]
         return means
 
@@ -56,5 +57,7 @@ class PPOStats:
 
     def __getattr__(self, name: str) -> Tensor:
         if name not in PPO_FIELDS or name == "units":
-            raise AttributeError(f"PPOStats has no view {name!r}; it has {', '.join(f for f in PPO_FIELDS if f != 'units')}")
+            raise AttributeError(
+                f"PPOStats has no view {name!r}; it has {', '.join(f for f in PPO_FIELDS if f != 'units')}"
+            )
         return self._means()[PPO_FIELDS.index(name)]

@@ -1,10 +1,12 @@
-"""The battery that every op goes through on every backend; public, so that a new kernel or a new machine can be put through it.
+"""The battery that every op goes through on every backend; public, so that a new kernel or a new machine can be put
+through it.
 
     from rlhf_kernels.testing import run_battery
     run_battery("gae", backend="cpu")
 
-A case is an op, its inputs and an oracle: plain differentiable torch, written apart from the op's reference. The error-budget rule judges a
-kernel: its error against the oracle in float64 may not exceed that of the oracle run in the tested dtype, plus a stated tolerance.
+A case is an op, its inputs and an oracle: plain differentiable torch, written apart from the op's reference. The
+error-budget rule judges a kernel: its error against the oracle in float64 may not exceed that of the oracle run in
+the tested dtype, plus a stated tolerance.
 """
 
 from __future__ import annotations
@@ -28,7 +30,8 @@ SYNCS = ("_local_scalar_dense", "nonzero", "masked_select", "is_nonzero")
 
 @dataclass(frozen=True)
 class OpCase:
-    """One call of a public op. Inputs are float64 and made anew from the case's name, so a case is the same on every machine."""
+    """One call of a public op. Inputs are float64 and made anew from the case's name, so a case is the same on every
+    machine."""
 
     op: str
     name: str
@@ -67,7 +70,9 @@ def _run(case: OpCase, function: Callable, inputs: dict[str, Tensor]) -> tuple[l
     if case.learned:
         differentiable = [o for o in outputs if o.requires_grad]
         learned = [inputs[name] for name in case.learned]
-        upstream = [u.to(o.dtype) for u, o in zip(_upstream(case, tuple(differentiable), torch.float32), differentiable)]
+        upstream = [
+            u.to(o.dtype) for u, o in zip(_upstream(case, tuple(differentiable), torch.float32), differentiable)
+        ]
         grads = torch.autograd.grad(differentiable, learned, upstream, allow_unused=True)
         grads = [torch.zeros_like(x) if g is None else g for g, x in zip(grads, learned)]
     return [o.detach() for o in outputs], list(grads)
@@ -88,7 +93,9 @@ def _scale(truth: Tensor) -> float:
 
 def _same(ours: list[Tensor], other: list[Tensor], what: str) -> None:
     for i, (a, b) in enumerate(zip(ours, other)):
-        assert torch.equal(a.nan_to_num(nan=1e30), b.nan_to_num(nan=1e30)), f"{what}: result {i} differs by up to {_error(a, b):.3g}"
+        assert torch.equal(a.nan_to_num(nan=1e30), b.nan_to_num(nan=1e30)), (
+            f"{what}: result {i} differs by up to {_error(a, b):.3g}"
+        )
 
 
 def check_error_budget(case: OpCase, device: str) -> None:
@@ -103,18 +110,24 @@ def check_error_budget(case: OpCase, device: str) -> None:
         for kind, mine, true, naive in zip(("output", "gradient"), ours, truth, plain):
             for i, (a, t, n) in enumerate(zip(mine, true, naive)):
                 expected = inputs[case.learned[i]].dtype if kind == "gradient" else None
-                assert expected is None or a.dtype == expected, f"{case} {dtype} {kind} {i}: dtype {a.dtype}, expected {expected}"
+                assert expected is None or a.dtype == expected, (
+                    f"{case} {dtype} {kind} {i}: dtype {a.dtype}, expected {expected}"
+                )
                 # A gradient in 16 bits is rounded once at the end: half a unit in the last place of the largest value.
                 rounding = torch.finfo(a.dtype).eps / 2 if a.dtype in HALF else 0.0
                 allowed = _error(n, t) + (case.tolerance + rounding) * _scale(t) + torch.finfo(torch.float32).tiny
                 if dtype == torch.float64:
                     allowed = 1e-11 * max(_scale(t), 1.0)
                 error = _error(a, t)
-                assert error <= allowed, f"{case} {dtype} {kind} {i}: error {error:.3g}, allowed {allowed:.3g}, plain torch {_error(n, t):.3g}"
+                assert error <= allowed, (
+                    f"{case} {dtype} {kind} {i}: error {error:.3g}, allowed {allowed:.3g}, "
+                    f"plain torch {_error(n, t):.3g}"
+                )
 
 
 def check_opcheck(case: OpCase, device: str) -> None:
-    """torch.library.opcheck on the very arguments that the public function passes: schema, fake, autograd, AOT dispatch with dynamic shapes."""
+    """torch.library.opcheck on the very arguments that the public function passes: schema, fake, autograd, AOT
+    dispatch with dynamic shapes."""
     calls: list[tuple] = []
 
     class Record(TorchFunctionMode):
@@ -165,11 +178,14 @@ def check_autocast(case: OpCase, device: str) -> None:
 
 
 def _strided(name: str, value: Tensor, case: OpCase) -> Tensor:
-    """The same values with other strides: every second element of the last dimension, or for row-major inputs gaps between rows."""
+    """The same values with other strides: every second element of the last dimension, or for row-major inputs gaps
+    between rows."""
     if value.dim() == 0:
         return value
     if name in case.row_major:
-        wide = torch.full((*value.shape[:-2], value.shape[-2] + 1, value.shape[-1] + 8), 7, dtype=value.dtype, device=value.device)
+        wide = torch.full(
+            (*value.shape[:-2], value.shape[-2] + 1, value.shape[-1] + 8), 7, dtype=value.dtype, device=value.device
+        )
         view = wide[..., : value.shape[-2], : value.shape[-1]]
     else:
         view = torch.zeros((*value.shape, 2), dtype=value.dtype, device=value.device)[..., 0]
@@ -263,7 +279,8 @@ def check_no_sync(case: OpCase, device: str) -> None:
 
 
 def check_purity(case: OpCase, device: str) -> None:
-    """Inputs are left alone, a run repeats bit for bit, a second backward gives the same, undifferentiable ops give no graph."""
+    """Inputs are left alone, a run repeats bit for bit, a second backward gives the same, undifferentiable ops give
+    no graph."""
     inputs = case.inputs(torch.float32, device, grad=True)
     before = {name: value.detach().clone() for name, value in inputs.items()}
     first, second = _run(case, case.call, inputs), _run(case, case.call, inputs)
@@ -278,14 +295,16 @@ def check_purity(case: OpCase, device: str) -> None:
         _same(*[[g for g in p if g is not None] for p in passes], f"{case} second backward")
     else:
         floats = {k: v.detach().requires_grad_() if v.is_floating_point() else v for k, v in inputs.items()}
-        assert not any(o.requires_grad for o in case.call(**floats)), f"{case}: the op is not differentiable, its output requires grad"
+        assert not any(o.requires_grad for o in case.call(**floats)), (
+            f"{case}: the op is not differentiable, its output requires grad"
+        )
 
 
 CHECKS = {
     check.__name__.removeprefix("check_"): check
     for check in (
-        check_error_budget, check_opcheck, check_gradcheck, check_compile, check_autocast, check_strides, check_masked_nan,
-        check_poisoned_memory, check_no_sync, check_purity,
+        check_error_budget, check_opcheck, check_gradcheck, check_compile, check_autocast, check_strides,
+        check_masked_nan, check_poisoned_memory, check_no_sync, check_purity,
     )
 }  # fmt: skip
 LARGE_CHECKS = ("error_budget", "poisoned_memory")
@@ -327,7 +346,8 @@ def run_battery(
     checks: tuple[str, ...] = tuple(CHECKS),
     large: bool = False,
 ) -> int:
-    """Runs every check on every case and returns how many ran. Raises AssertionError at the first that fails, naming case, dtype and error."""
+    """Runs every check on every case and returns how many ran. Raises AssertionError at the first that fails, naming
+    case, dtype and error."""
     chosen = [op] if isinstance(op, OpCase) else cases(op, large)
     ran = 0
     with _library.backend(backend) if backend else contextlib.nullcontext():

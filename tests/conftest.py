@@ -7,11 +7,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from tiny_models import corpus, pairs, tiny_model, tiny_reward_model  # noqa: F401, fixtures of the trainer's tests
 
 from rlhf_kernels import testing
 
 ROOT = Path(__file__).resolve().parent.parent
-SHARED_DATA = ROOT.parent / "shared" / "data"  # real input for trying the trainer; tests that use it skip where it is absent
+SHARED_DATA = (
+    ROOT.parent / "shared" / "data"
+)  # real input for trying the trainer; tests that use it skip where it is absent
 
 
 def pytest_configure(config):

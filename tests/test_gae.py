@@ -86,7 +86,11 @@ def test_bad_bounds(backend):
     ("change", "error", "words"),
     [
         ({"values": torch.zeros(2, 4)}, ValueError, r"values: expected the shape \(2, 3\) of rewards, got \(2, 4\)"),
-        ({"rewards": torch.zeros(3)}, ValueError, r"rewards: expected \(B, T\), got \(3,\); packed \(N,\) tokens need cu_seqlens"),
+        (
+            {"rewards": torch.zeros(3)},
+            ValueError,
+            r"rewards: expected \(B, T\), got \(3,\); packed \(N,\) tokens need cu_seqlens",
+        ),
         ({"rewards": torch.zeros(2, 3, dtype=torch.int32)}, TypeError, "rewards: expected float32"),
         ({"mask": torch.ones(2, 3)}, TypeError, r"mask: expected bool.*\.bool\(\)"),
         ({"mask": torch.ones(2, 2, dtype=torch.bool)}, ValueError, "mask: expected the shape"),

@@ -36,9 +36,13 @@ def test_packing_saves_rows():
     assert plan_microbatches([1, 9, 2, 8], 18) == [[1, 3], [2, 0]]
 
 
-@pytest.mark.parametrize("planner", [pack_sequences, plan_microbatches, pack_sequences_reference, plan_microbatches_reference])
+@pytest.mark.parametrize(
+    "planner", [pack_sequences, plan_microbatches, pack_sequences_reference, plan_microbatches_reference]
+)
 def test_bad_lengths(planner):
-    with pytest.raises(ValueError, match=r"lengths: expected every length in \[0, \w+=10\], got 11 at index 1; truncate or drop"):
+    with pytest.raises(
+        ValueError, match=r"lengths: expected every length in \[0, \w+=10\], got 11 at index 1; truncate or drop"
+    ):
         planner([3, 11], 10)
     with pytest.raises(ValueError, match="got -1 at index 0"):
         planner([-1], 10)

@@ -68,7 +68,11 @@ def test_scores_shift_leaves_reward_whitened_mean(backend):
 @pytest.mark.parametrize(
     ("change", "error", "words"),
     [
-        ({"scores": torch.zeros(4)}, ValueError, r"scores: expected \(2,\), one a sequence, or \(2, 3\), one a token, got \(4,\)"),
+        (
+            {"scores": torch.zeros(4)},
+            ValueError,
+            r"scores: expected \(2,\), one a sequence, or \(2, 3\), one a token, got \(4,\)",
+        ),
         ({"values": torch.zeros(2, 2)}, ValueError, "values: expected the shape"),
         ({"ref_logprobs": None}, TypeError, "ref_logprobs: expected a tensor, got NoneType"),
         ({"mask": torch.ones(2, 3, dtype=torch.uint8)}, TypeError, "mask: expected bool"),

@@ -33,7 +33,13 @@ def _one(log_ratio, advantage, **options):
 
 @pytest.mark.parametrize(
     ("ratio", "advantage", "loss", "gradient"),
-    [(1.0, 2.0, -2.0, -2.0), (1.5, 2.0, -2.4, 0.0), (0.5, 2.0, -1.0, -1.0), (1.5, -2.0, 3.0, 3.0), (0.5, -2.0, 1.6, 0.0)],
+    [
+        (1.0, 2.0, -2.0, -2.0),
+        (1.5, 2.0, -2.4, 0.0),
+        (0.5, 2.0, -1.0, -1.0),
+        (1.5, -2.0, 3.0, 3.0),
+        (0.5, -2.0, 1.6, 0.0),
+    ],
 )
 def test_four_quadrants(backend, ratio, advantage, loss, gradient):
     """The clip holds only where it lowers the objective."""
@@ -68,7 +74,9 @@ def test_accumulation_equals_one_big_batch(backend, reduction):
     count = mask.sum() if reduction == "token_mean" else mask.any(-1).sum()
     parts, total, merged = logprobs.clone().requires_grad_(), 0.0, None
     for rows in (slice(0, 2), slice(2, 3), slice(3, 7)):
-        part, part_stats = ppo_loss(parts[rows], old[rows], advantages[rows], mask[rows], options=options, denominator=count)
+        part, part_stats = ppo_loss(
+            parts[rows], old[rows], advantages[rows], mask[rows], options=options, denominator=count
+        )
         part.backward()
         total += part.item()
         merged = part_stats if merged is None else merged + part_stats
@@ -100,7 +108,7 @@ def test_loss_without_grad_is_the_loss(backend):
 
 def test_all_masked(backend):
     """OpenRLHF and Liger divide 0 by 0 there."""
-    logprobs, old, advantages = _inputs()
+    logprobs, old, _ = _inputs()
     leaf = logprobs.requires_grad_()
     nan = torch.full_like(old, float("nan"))
     loss, stats = ppo_loss(leaf, nan, nan, torch.zeros(7, 5, dtype=torch.bool))
@@ -133,7 +141,10 @@ def test_stats_has_no_unknown_view():
         ({"options": PPOLossOptions(entropy_coef=0.1)}, "entropy: expected a tensor because entropy_coef is 0.1"),
         ({"denominator": torch.ones(2)}, "denominator: expected a number or a 0-dim tensor"),
         ({"denominator": 0}, "denominator: expected a number above 0"),
-        ({"denominator": 3, "options": PPOLossOptions(reduction="sum")}, "denominator: expected None with reduction='sum'"),
+        (
+            {"denominator": 3, "options": PPOLossOptions(reduction="sum")},
+            "denominator: expected None with reduction='sum'",
+        ),
     ],
 )
 def test_bad_input(change, words):

@@ -35,7 +35,9 @@ def test_estimators_are_unbiased():
     """The means of k1 and k3 over samples are the KL of two distributions."""
     p, q = torch.tensor([0.5, 0.3, 0.2]).log().double(), torch.tensor([0.2, 0.5, 0.3]).log().double()
     for estimator in ("k1", "k3"):
-        assert (p.exp() * token_kl(p, q, estimator)).sum().item() == pytest.approx((p.exp() * (p - q)).sum().item(), abs=1e-12)
+        assert (p.exp() * token_kl(p, q, estimator)).sum().item() == pytest.approx(
+            (p.exp() * (p - q)).sum().item(), abs=1e-12
+        )
 
 
 def test_bad_input():

@@ -110,7 +110,9 @@ def test_vocabulary_not_a_multiple_of_a_block(backend):
     """verl#2899, #5349: padded columns counted as logit 0. All logits far below 0 show it."""
     for vocab in (1, 3, 1023, 1025, 4095, 4097, 8191):
         logprobs = token_logprobs(torch.full((2, vocab), -50.0), torch.tensor([0, vocab - 1]))
-        torch.testing.assert_close(logprobs, torch.full((2,), -float(torch.tensor(float(vocab)).log())), rtol=1e-6, atol=1e-6)
+        torch.testing.assert_close(
+            logprobs, torch.full((2,), -float(torch.tensor(float(vocab)).log())), rtol=1e-6, atol=1e-6
+        )
 
 
 def test_wrong_id_names_its_position():
@@ -118,7 +120,10 @@ def test_wrong_id_names_its_position():
     for name in BACKENDS:
         if name == "triton":
             continue  # a GPU kernel does not look: NaN instead
-        with rlhf_kernels.backend(name), pytest.raises(ValueError, match=r"token_ids: .*\[0, 40\).*got 40 at position \(1, 1\)"):
+        with (
+            rlhf_kernels.backend(name),
+            pytest.raises(ValueError, match=r"token_ids: .*\[0, 40\).*got 40 at position \(1, 1\)"),
+        ):
             token_logprobs(torch.randn(2, 3, 40), ids)
         with rlhf_kernels.backend(name), pytest.raises(ValueError, match=r"got -1 at position \(0, 2\)"):
             token_logprobs(torch.randn(2, 3, 40), torch.tensor([[1, 2, -1], [4, 3, 5]]))
@@ -127,12 +132,20 @@ def test_wrong_id_names_its_position():
 @pytest.mark.parametrize(
     ("change", "error", "words"),
     [
-        ({"logits": torch.randn(2, 4, 9)}, ValueError, r"logits: expected logits \(2, 3, 'V'\).*got \(2, 4, 9\).*shift"),
+        (
+            {"logits": torch.randn(2, 4, 9)},
+            ValueError,
+            r"logits: expected logits \(2, 3, 'V'\).*got \(2, 4, 9\).*shift",
+        ),
         ({"logits": torch.randn(2, 3, 0)}, ValueError, "logits: expected a vocabulary of at least one token"),
         ({"logits": torch.ones(2, 3, 9, dtype=torch.int64)}, TypeError, "logits: expected float32.*got torch.int64"),
         ({"logits": [1.0]}, TypeError, "logits: expected a tensor, got list"),
         ({"token_ids": torch.zeros(2, 3)}, TypeError, "token_ids: expected int64 or int32, got torch.float32"),
-        ({"token_ids": torch.zeros(2, 3, dtype=torch.int64, device="meta")}, ValueError, "token_ids: expected device cpu"),
+        (
+            {"token_ids": torch.zeros(2, 3, dtype=torch.int64, device="meta")},
+            ValueError,
+            "token_ids: expected device cpu",
+        ),
         ({"temperature": 0.0}, ValueError, "temperature: expected a number above 0, got 0.0"),
         ({"temperature": float("nan")}, ValueError, "temperature: expected a finite number"),
         ({"temperature": torch.ones(2)}, ValueError, r"temperature: expected the shape \(2, 3\) of token_ids"),

@@ -4,12 +4,13 @@
     A_t     = delta_t + gamma * lam * A_next
     returns = A + V
 
-next is the next counted token of the same sequence; after the last one V_next is 0, or bootstrap_values, and A_next is 0. With gap="zero"
-a masked token before the last counted one is a step with value and reward 0 instead of no step (OpenRLHF's way).
-Source: Schulman et al., arXiv 1506.02438.
+next is the next counted token of the same sequence; after the last one V_next is 0, or bootstrap_values, and A_next
+is 0. With gap="zero" a masked token before the last counted one is a step with value and reward 0 instead of no step
+(OpenRLHF's way). Source: Schulman et al., arXiv 1506.02438.
 
-Kernels run it as one affine recursion, S_t = (1 - lam) V_t + lam r_t + gamma lam S_next with S = V_bootstrap after the end and
-A_t = r_t - V_t + gamma S_next, which is associative over time, is the identity on skipped tokens and a constant at the end of a sequence.
+Kernels run it as one affine recursion, S_t = (1 - lam) V_t + lam r_t + gamma lam S_next with S = V_bootstrap after
+the end and A_t = r_t - V_t + gamma S_next, which is associative over time, is the identity on skipped tokens and a
+constant at the end of a sequence.
 """
 
 from __future__ import annotations
@@ -22,8 +23,8 @@ from .._layout import check_cu_seqlens, compute_dtype, full_mask, prepare, to_pa
 from .._library import call, define
 
 SCHEMA = (
-    "gae(Tensor rewards, Tensor values, Tensor? mask, Tensor? cu_seqlens, Tensor? bootstrap_values, float gamma, float lam, bool gap_zero) "
-    "-> (Tensor advantages, Tensor returns)"
+    "gae(Tensor rewards, Tensor values, Tensor? mask, Tensor? cu_seqlens, Tensor? bootstrap_values, "
+    "float gamma, float lam, bool gap_zero) -> (Tensor advantages, Tensor returns)"
 )
 GAPS = ("skip", "zero")
 
@@ -45,7 +46,8 @@ def gae_reference(
         return to_packed(out[0], cu_seqlens), to_packed(out[1], cu_seqlens)
     mask = full_mask(mask, rewards)
     rewards, values = rewards.masked_fill(~mask, 0), values.masked_fill(~mask, 0)
-    # A step is a token that the recursion does not skip: a counted one, or with gap_zero also a gap before the last counted one.
+    # A step is a token that the recursion does not skip: a counted one, or with gap_zero also a gap before the last
+    # counted one.
     step = mask.flip(-1).cummax(-1).values.flip(-1) if gap_zero and mask.numel() else mask
     advantages = torch.zeros_like(rewards)
     next_advantage = rewards.new_zeros(rewards.shape[0])
@@ -77,10 +79,12 @@ def gae(
     lam: float = 0.95,
     gap: str = "skip",  # "skip" or "zero": what a masked token between counted ones is
 ) -> tuple[Tensor, Tensor]:
-    """(advantages, returns) in the shape of rewards, float32 (float64 for float64 inputs); exactly 0 under the mask, whatever stands there.
+    """(advantages, returns) in the shape of rewards, float32 (float64 for float64 inputs); exactly 0 under the mask,
+    whatever stands there.
 
     Not differentiable: inputs are detached. gamma and lam in [0, 1]. A sequence with no counted token gives zeros.
-    Raises TypeError or ValueError for wrong dtypes, shapes, devices and options, and, on the CPU, for cu_seqlens that do not rise from 0 to N.
+    Raises TypeError or ValueError for wrong dtypes, shapes, devices and options, and, on the CPU, for cu_seqlens that
+    do not rise from 0 to N.
     """
     check.is_tensor("rewards", rewards)
     check.is_float("rewards", rewards)

@@ -1,6 +1,7 @@
 """Whitening over the counted elements: (x - mean) * rsqrt(var + eps), plus the mean where it is to be kept.
 
-var is biased (divided by n) unless `unbiased`. Source of the convention: OpenAI lm-human-preferences, `utils/core.py` whiten.
+var is biased (divided by n) unless `unbiased`. Source of the convention: OpenAI lm-human-preferences, `utils/core.py`
+whiten.
 """
 
 from __future__ import annotations
@@ -39,7 +40,9 @@ def merge_moments(
     return torch.stack([total, grand, (squares + count * (mean - grand) ** 2).sum()])
 
 
-def whiten_with(x: Tensor, mask: Tensor | None, moments: Tensor, shift_mean: bool, unbiased: bool, eps: float) -> Tensor:
+def whiten_with(
+    x: Tensor, mask: Tensor | None, moments: Tensor, shift_mean: bool, unbiased: bool, eps: float
+) -> Tensor:
     count, mean, squares = moments.unbind(-1)
     variance = squares / (count - int(unbiased)).clamp(min=1)
     scaled = (x.double() - mean) * torch.rsqrt(variance + eps)
@@ -78,10 +81,11 @@ def masked_whiten(
     eps: float = 1e-8,
     group: dist.ProcessGroup | None = None,
 ) -> Tensor:
-    """Whitened x, float32 (float64 for float64), exactly 0 under the mask, whatever stands there. Not differentiable: x is detached.
+    """Whitened x, float32 (float64 for float64), exactly 0 under the mask, whatever stands there. Not differentiable:
+    x is detached.
 
-    Statistics run over the counted elements of this call, and of every rank of `group` when given. A single counted element, or none, has
-    variance 0. Raises TypeError or ValueError for wrong dtypes, shapes and devices.
+    Statistics run over the counted elements of this call, and of every rank of `group` when given. A single counted
+    element, or none, has variance 0. Raises TypeError or ValueError for wrong dtypes, shapes and devices.
     """
     check.is_float("x", x)
     check.mask_like(mask, "x", x)

@@ -1,12 +1,14 @@
-"""From log-probabilities, values and scores to whitened advantages: the whole path of PPO between scoring and the loss, in one op.
+"""From log-probabilities, values and scores to whitened advantages: the whole path of PPO between scoring and the
+loss, in one op.
 
     kl_t      = estimator(logprobs - ref_logprobs)
-    rewards_t = -kl_coef * kl_t, plus the score of the sequence on its last counted token (or per-token scores); scores clipped first
+    rewards_t = -kl_coef * kl_t, plus the clipped score of the sequence on its last counted token (or per-token scores)
     rewards   = whitened, mean kept, if whiten_rewards
     advantages, returns = gae(rewards, values)
     advantages = whitened, mean removed, if whiten_advantages
 
-Statistics run over the counted tokens of the call (and of the group). Sources: Ziegler et al., arXiv 1909.08593; Huang et al., arXiv 2403.17031.
+Statistics run over the counted tokens of the call (and of the group). Sources: Ziegler et al., arXiv 1909.08593;
+Huang et al., arXiv 2403.17031.
 """
 
 from __future__ import annotations
@@ -29,9 +31,10 @@ WHITEN_EPS = 1e-8
 
 # kl_coef_tensor, when given, replaces kl_coef: a controller's coefficient that stays on the device.
 SCHEMA = (
-    "ppo_advantages(Tensor logprobs, Tensor ref_logprobs, Tensor values, Tensor scores, Tensor? mask, Tensor? cu_seqlens, "
-    "Tensor? kl_coef_tensor, float kl_coef, int kl_estimator, float gamma, float lam, float? score_clip, bool whiten_rewards, "
-    "bool whiten_advantages) -> (Tensor advantages, Tensor returns, Tensor rewards, Tensor kl)"
+    "ppo_advantages(Tensor logprobs, Tensor ref_logprobs, Tensor values, Tensor scores, Tensor? mask, "
+    "Tensor? cu_seqlens, Tensor? kl_coef_tensor, float kl_coef, int kl_estimator, float gamma, float lam, "
+    "float? score_clip, bool whiten_rewards, bool whiten_advantages) "
+    "-> (Tensor advantages, Tensor returns, Tensor rewards, Tensor kl)"
 )
 
 
@@ -69,7 +72,9 @@ class PPOAdvantages(NamedTuple):
     kl: Tensor
 
 
-def _shaped_rewards(logprobs, ref_logprobs, scores, mask, cu_seqlens, kl_coef, kl_estimator, score_clip) -> tuple[Tensor, Tensor]:
+def _shaped_rewards(
+    logprobs, ref_logprobs, scores, mask, cu_seqlens, kl_coef, kl_estimator, score_clip
+) -> tuple[Tensor, Tensor]:
     kl = kl_value(logprobs - ref_logprobs, kl_estimator).masked_fill(~mask, 0)
     if score_clip is not None:
         scores = scores.clamp(-score_clip, score_clip)
@@ -138,14 +143,14 @@ def ppo_advantages(
     mask: Tensor | None = None,  # the shape of logprobs, bool, True on response tokens
     *,
     cu_seqlens: Tensor | None = None,  # (B+1,) int32 for packed (N,) tokens
-    options: AdvantageOptions = AdvantageOptions(),  # noqa: B008 (frozen)
+    options: AdvantageOptions = AdvantageOptions(),
     group: dist.ProcessGroup | None = None,
 ) -> PPOAdvantages:
     """Per-token KL, shaped rewards, GAE and whitening in one op. Not differentiable: inputs are detached.
 
-    A sequence with no counted token drops its score. Whitening statistics run over every rank of `group` when given (then the op is a
-    composition with one collective of three numbers for each whitening). Values under the mask may be NaN and change nothing.
-    Raises TypeError or ValueError for wrong dtypes, shapes, devices and options.
+    A sequence with no counted token drops its score. Whitening statistics run over every rank of `group` when given
+    (then the op is a composition with one collective of three numbers for each whitening). Values under the mask may
+    be NaN and change nothing. Raises TypeError or ValueError for wrong dtypes, shapes, devices and options.
     """
     _check(logprobs, ref_logprobs, values, scores, mask, cu_seqlens)
     dtype = compute_dtype(logprobs, ref_logprobs, values, scores)
@@ -153,11 +158,17 @@ def ppo_advantages(
     layout = (prepare(mask), prepare(cu_seqlens))
     is_tensor = isinstance(options.kl_coef, Tensor)
     coef_tensor = options.kl_coef.detach().to(logprobs.device, dtype) if is_tensor else None
-    coef = (coef_tensor, 0.0 if is_tensor else float(options.kl_coef), check.one_of("kl_estimator", options.kl_estimator, VALUES))
+    coef = (
+        coef_tensor,
+        0.0 if is_tensor else float(options.kl_coef),
+        check.one_of("kl_estimator", options.kl_estimator, VALUES),
+    )
     gae_options = (float(options.gamma), float(options.lam))
     whitening = (options.whiten_rewards, options.whiten_advantages)
     if group is None:
-        return PPOAdvantages(*call(ppo_advantages_op, *tensors, *layout, *coef, *gae_options, options.score_clip, *whitening))
+        return PPOAdvantages(
+            *call(ppo_advantages_op, *tensors, *layout, *coef, *gae_options, options.score_clip, *whitening)
+        )
     mask, cu_seqlens = layout
     advantages, returns, rewards, kl = call(
         ppo_advantages_op, *tensors, *layout, *coef, *gae_options, options.score_clip, False, False

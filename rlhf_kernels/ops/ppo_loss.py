@@ -1,7 +1,8 @@
 """The clipped PPO loss with value, entropy and KL terms, its gradients and its statistics, in one pass.
 
     d, r   = clamp(logprobs - old_logprobs), exp(d)
-    policy = max(-A r, -A clip(r, 1 - clip_low, 1 + clip_high));  where A < 0 and dual_clip = c: min(that, -A c);  times is_weights
+    policy = max(-A r, -A clip(r, 1 - clip_low, 1 + clip_high)), times is_weights
+             where A < 0 and dual_clip = c: min(that, -A c)
     value  = 0.5 max((v - R)^2, (clip(v, V - c, V + c) - R)^2)   with V old_values, c value_clip
     kl     = estimator(logprobs - ref_logprobs)
     loss   = policy + value_coef * value - entropy_coef * entropy + kl_coef * kl, reduced over the counted tokens
@@ -32,10 +33,11 @@ TOKEN_MEAN, SEQ_TOKEN_SUM, SEQ_TOKEN_MEAN, SUM = range(4)
 
 # stats is (13,) float64, PPO_FIELDS; a gradient that is not asked for is empty.
 SCHEMA = (
-    "ppo_loss(Tensor logprobs, Tensor old_logprobs, Tensor advantages, Tensor? mask, Tensor? cu_seqlens, Tensor? values, "
-    "Tensor? old_values, Tensor? returns, Tensor? entropy, Tensor? ref_logprobs, Tensor? is_weights, Tensor? denominator, "
-    "float clip_low, float clip_high, float? dual_clip, float? value_clip, float value_coef, float entropy_coef, float kl_coef, "
-    "int kl_estimator, float? kl_clamp, float? log_ratio_clamp, int reduction, bool grad_logprobs, bool grad_values, bool grad_entropy) "
+    "ppo_loss(Tensor logprobs, Tensor old_logprobs, Tensor advantages, Tensor? mask, Tensor? cu_seqlens, "
+    "Tensor? values, Tensor? old_values, Tensor? returns, Tensor? entropy, Tensor? ref_logprobs, Tensor? is_weights, "
+    "Tensor? denominator, float clip_low, float clip_high, float? dual_clip, float? value_clip, float value_coef, "
+    "float entropy_coef, float kl_coef, int kl_estimator, float? kl_clamp, float? log_ratio_clamp, int reduction, "
+    "bool grad_logprobs, bool grad_values, bool grad_entropy) "
     "-> (Tensor loss, Tensor stats, Tensor d_logprobs, Tensor d_values, Tensor d_entropy)"
 )
 N_ARGUMENTS = 26
@@ -79,7 +81,7 @@ def _clamped(x: Tensor, bound: float | None) -> tuple[Tensor, Tensor]:
 
 
 def _policy_terms(logprobs, old_logprobs, advantages, is_weights, clip_low, clip_high, dual_clip, log_ratio_clamp):
-    """Per token: loss, d loss / d logprobs, and the statistics of the ratio."""
+    """Per token: loss, d loss / d logprobs, and what the statistics average."""
     d, passes = _clamped(logprobs - old_logprobs, log_ratio_clamp)
     ratio = d.exp()
     unclipped = -advantages * ratio
@@ -93,7 +95,13 @@ def _policy_terms(logprobs, old_logprobs, advantages, is_weights, clip_low, clip
     gradient = torch.where(is_clipped | is_dual | ~passes, 0, unclipped)
     if is_weights is not None:
         loss, gradient = loss * is_weights, gradient * is_weights
-    return loss, gradient, d, ratio, is_clipped, is_dual
+    stats = {
+        "approx_kl": 0.5 * d * d,
+        "approx_kl_k3": torch.expm1(d) - d,
+        "clip_fraction": is_clipped,
+        "dual_clip_fraction": is_dual,
+    }
+    return loss, gradient, {**stats, "ratio_mean": ratio}
 
 
 def _value_terms(values, old_values, returns, value_clip):
@@ -107,7 +115,9 @@ def _value_terms(values, old_values, returns, value_clip):
     return 0.5 * loss, torch.where(is_clipped, 0, error), is_clipped
 
 
-def _token_weights(mask: Tensor, cu_seqlens: Tensor | None, reduction: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def _token_weights(
+    mask: Tensor, cu_seqlens: Tensor | None, reduction: int, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
     """(weight of each token in the numerator, the local count that divides it: tokens, sequences, or 1 for sum)."""
     counted = mask.to(dtype)
     if reduction in (TOKEN_MEAN, SUM):
@@ -118,6 +128,19 @@ def _token_weights(mask: Tensor, cu_seqlens: Tensor | None, reduction: int, dtyp
     if reduction == SEQ_TOKEN_SUM or not mask.numel():
         return counted, units
     return counted / lengths.clamp(min=1)[sequence_ids(mask, cu_seqlens)], units
+
+
+def _stats(terms, weight: Tensor, units: Tensor, mask: Tensor, per_token: dict[str, Tensor]) -> Tensor:
+    """The sums of PPO_FIELDS, (13,) float64."""
+    sums = dict(zip(PPO_FIELDS, [(term.double() * weight.double()).sum() for term in terms]))
+    sums |= {name: x.double().masked_fill(~mask, 0).sum() for name, x in per_token.items()}
+    ratio = per_token["ratio_mean"].double().masked_fill(~mask, 0)
+    sums |= {
+        "units": units.double(),
+        "tokens": mask.sum().double(),
+        "ratio_max": ratio.max() if ratio.numel() else ratio.sum(),
+    }
+    return torch.stack([sums[name] for name in PPO_FIELDS])
 
 
 def ppo_loss_reference(
@@ -154,35 +177,31 @@ def ppo_loss_reference(
     clean = lambda x: None if x is None else x.masked_fill(~mask, 0)  # noqa: E731
     logprobs, old_logprobs, advantages, is_weights = map(clean, (logprobs, old_logprobs, advantages, is_weights))
     weight, units = _token_weights(mask, cu_seqlens, reduction, logprobs.dtype)
-    total = lambda x: (x * weight).sum()  # noqa: E731
-    count = lambda x: x[mask].sum() if x.device.type == "cpu" else (x * mask).sum()  # noqa: E731
-    policy, d_policy, d, ratio, is_clipped, is_dual = _policy_terms(
+    policy, d_policy, token_stats = _policy_terms(
         logprobs, old_logprobs, advantages, is_weights, clip_low, clip_high, dual_clip, log_ratio_clamp
     )
     zero = torch.zeros_like(weight)
-    value_loss, d_value, value_clipped = zero, zero, zero
+    value, d_value, value_clipped = zero, zero, zero
     if values is not None:
-        value_loss, d_value, value_clipped = _value_terms(clean(values), clean(old_values), clean(returns), value_clip)
+        value, d_value, value_clipped = _value_terms(clean(values), clean(old_values), clean(returns), value_clip)
     kl, d_kl = zero, zero
     if ref_logprobs is not None:
         x, passes = _clamped(logprobs - clean(ref_logprobs), kl_clamp)
         kl, d_kl = kl_value(x, kl_estimator), kl_gradient(x, kl_estimator) * passes
     entropy = zero if entropy is None else clean(entropy)
-    numerator = policy + value_coef * value_loss - entropy_coef * entropy + kl_coef * kl
     divisor = units.clamp(min=1) if denominator is None else denominator.to(units.dtype)
-    scale = torch.where(divisor > 0, 1 / divisor, 0)
-    sums = [total(policy), total(value_loss), total(entropy), total(kl), units, mask.sum(), count(0.5 * d * d)]
-    sums += [count(torch.expm1(d) - d), count(is_clipped), count(is_dual), count(value_clipped), count(ratio)]
-    largest = (ratio * mask).max() if ratio.numel() else ratio.new_zeros(())
-    stats = torch.stack([s.double() for s in (*sums, largest)])
-    empty = logprobs.new_empty(0)
-    return (
-        total(numerator) * scale,
-        stats,
-        (d_policy + kl_coef * d_kl) * weight * scale if grad_logprobs else empty,
-        value_coef * d_value * weight * scale if grad_values else empty.clone(),
-        -entropy_coef * weight * scale if grad_entropy else empty.clone(),
+    scale = weight * torch.where(divisor > 0, 1 / divisor, 0)
+    loss = ((policy + value_coef * value - entropy_coef * entropy + kl_coef * kl) * scale).sum()
+    stats = _stats(
+        (policy, value, entropy, kl), weight, units, mask, {**token_stats, "value_clip_fraction": value_clipped}
     )
+    d_logprobs, d_values, d_entropy = (
+        (d_policy + kl_coef * d_kl) * scale,
+        value_coef * d_value * scale,
+        -entropy_coef * scale,
+    )
+    wanted = ((grad_logprobs, d_logprobs), (grad_values, d_values), (grad_entropy, d_entropy))
+    return (loss, stats, *(gradient if want else logprobs.new_empty(0) for want, gradient in wanted))
 
 
 def _fake(logprobs, old_logprobs, *rest):
@@ -198,7 +217,9 @@ def _setup_context(ctx, inputs, output):
 
 
 def _backward(ctx, grad_loss, *_):
-    d_logprobs, d_values, d_entropy = (d * grad_loss if wanted else None for d, wanted in zip(ctx.saved_tensors, ctx.wanted))
+    d_logprobs, d_values, d_entropy = (
+        d * grad_loss if wanted else None for d, wanted in zip(ctx.saved_tensors, ctx.wanted)
+    )
     # logprobs is argument 0, values argument 5, entropy argument 8 of the schema
     return (d_logprobs, None, None, None, None, d_values, None, None, d_entropy, *[None] * (N_ARGUMENTS - 9))
 
@@ -248,19 +269,21 @@ def ppo_loss(
     entropy: Tensor | None = None,
     ref_logprobs: Tensor | None = None,
     is_weights: Tensor | None = None,  # importance weights of the policy term (sampler against trainer)
-    options: PPOLossOptions = PPOLossOptions(),  # noqa: B008 (frozen)
+    options: PPOLossOptions = PPOLossOptions(),
     denominator: float | Tensor | None = None,
 ) -> tuple[Tensor, PPOStats]:
-    """(loss, stats): a scalar, float32 (float64 for float64 inputs), and device-side sums that are read without touching the graph.
+    """(loss, stats): a scalar, float32 (float64 for float64 inputs), and device-side sums that are read without
+    touching the graph.
 
-    Differentiable in logprobs, values and entropy, once; everything else is a constant. Values under the mask may be NaN and change nothing; a
-    batch with no counted token gives loss 0 and zero gradients. `denominator` replaces the local count of tokens (of sequences for seq_*): pass
-    that of the whole optimizer step divided by the world size, and accumulation and data parallelism equal one big batch.
-    Raises TypeError or ValueError for wrong dtypes, shapes, devices and options, and for a term whose inputs are missing.
+    Differentiable in logprobs, values and entropy, once; everything else is a constant. Values under the mask may be
+    NaN and change nothing; a batch with no counted token gives loss 0 and zero gradients. `denominator` replaces the
+    local count of tokens (of sequences for seq_*): pass that of the whole optimizer step divided by the world size,
+    and accumulation and data parallelism equal one big batch. Raises TypeError or ValueError for wrong dtypes,
+    shapes, devices and options, and for a term whose inputs are missing.
     """
     tensors = {
-        "old_logprobs": old_logprobs, "advantages": advantages, "values": values, "old_values": old_values, "returns": returns,
-        "entropy": entropy, "ref_logprobs": ref_logprobs, "is_weights": is_weights,
+        "old_logprobs": old_logprobs, "advantages": advantages, "values": values, "old_values": old_values,
+        "returns": returns, "entropy": entropy, "ref_logprobs": ref_logprobs, "is_weights": is_weights,
     }  # fmt: skip
     _check(logprobs, tensors, mask, cu_seqlens, options, denominator)
     dtype = compute_dtype(logprobs, *tensors.values())

@@ -70,8 +70,9 @@ def token_kl(
 ) -> Tensor:
     """Elementwise KL estimates in nats, float32 (float64 for float64 inputs), differentiable in both inputs.
 
-    Estimators: k1, abs, k2, k3; with a `+` the same value with the gradient of k2. There is no mask: what is NaN stays NaN, mask it with torch.where.
-    Raises TypeError or ValueError for wrong dtypes, shapes, devices and unknown estimators.
+    Estimators: k1, abs, k2, k3; with a `+` the same value with the gradient of k2. There is no mask: what is NaN
+    stays NaN, mask it with torch.where. Raises TypeError or ValueError for wrong dtypes, shapes, devices and unknown
+    estimators.
     """
     check.is_float("logprobs", logprobs)
     check.like("ref_logprobs", ref_logprobs, "logprobs", logprobs)

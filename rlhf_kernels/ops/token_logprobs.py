@@ -8,8 +8,9 @@
     d logp / dz_v    = [v = y] - p_v
     d entropy / dz_v = -p_v (log p_v + entropy)
 
-The forward reads the logits once, the backward reads them once and writes the gradient once. It saves the row maximum and the log of the shifted
-sum, not their sum: one log-sum-exp loses three digits of the gradient where all logits share an offset of 1e4.
+The forward reads the logits once, the backward reads them once and writes the gradient once. It saves the row maximum
+and the log of the shifted sum, not their sum: one log-sum-exp loses three digits of the gradient where all logits
+share an offset of 1e4.
 """
 
 from __future__ import annotations
@@ -21,14 +22,16 @@ from .. import _checks as check
 from .._layout import compute_dtype
 from .._library import call, define, invalid
 
-# row_max and log_sum are what the backward needs; entropy is empty unless return_entropy. All (...) in the compute dtype.
+# row_max and log_sum are what the backward needs; entropy is empty unless return_entropy. All (...) in the compute
+# dtype.
 SCHEMA = (
-    "token_logprobs(Tensor logits, Tensor token_ids, Tensor? temperatures, float temperature, float? softcap, int ignore_index, "
-    "bool return_entropy) -> (Tensor logprobs, Tensor entropy, Tensor row_max, Tensor log_sum)"
+    "token_logprobs(Tensor logits, Tensor token_ids, Tensor? temperatures, float temperature, float? softcap, "
+    "int ignore_index, bool return_entropy) -> (Tensor logprobs, Tensor entropy, Tensor row_max, Tensor log_sum)"
 )
 BACKWARD_SCHEMA = (
-    "token_logprobs_backward(Tensor? grad_logprobs, Tensor? grad_entropy, Tensor logits, Tensor token_ids, Tensor? temperatures, "
-    "Tensor entropy, Tensor row_max, Tensor log_sum, float temperature, float? softcap, int ignore_index) -> Tensor"
+    "token_logprobs_backward(Tensor? grad_logprobs, Tensor? grad_entropy, Tensor logits, Tensor token_ids, "
+    "Tensor? temperatures, Tensor entropy, Tensor row_max, Tensor log_sum, "
+    "float temperature, float? softcap, int ignore_index) -> Tensor"
 )
 
 
@@ -112,14 +115,19 @@ def token_logprobs_backward_reference(
     return grad.masked_fill(bad[..., None], float("nan")).masked_fill(ignored[..., None], 0).to(logits.dtype)
 
 
-def _check(logits: Tensor, token_ids: Tensor, temperature: float | Tensor, softcap: float | None, ignore_index: int) -> None:
+def _check(
+    logits: Tensor, token_ids: Tensor, temperature: float | Tensor, softcap: float | None, ignore_index: int
+) -> None:
     check.is_float("logits", logits)
     check.is_tensor("token_ids", token_ids)
     if token_ids.dtype not in (torch.int64, torch.int32):
         raise TypeError(f"token_ids: expected int64 or int32, got {token_ids.dtype}; convert it with .long()")
     if logits.dim() == 0 or logits.shape[:-1] != token_ids.shape:
         expected = f"expected logits {(*token_ids.shape, 'V')} for token_ids {tuple(token_ids.shape)}"
-        raise ValueError(f"logits: {expected}, got {tuple(logits.shape)}; row t scores token_ids[t], so callers shift: logits[:, :-1], ids[:, 1:]")
+        raise ValueError(
+            f"logits: {expected}, got {tuple(logits.shape)}; row t scores token_ids[t], "
+            "so callers shift: logits[:, :-1], ids[:, 1:]"
+        )
     if logits.shape[-1] == 0 and token_ids.numel():
         raise ValueError(f"logits: expected a vocabulary of at least one token, got {tuple(logits.shape)}")
     check.same_device("token_ids", token_ids, "logits", logits)
@@ -181,13 +189,13 @@ def token_logprobs(
 
         logprobs = token_logprobs(model(ids).logits[:, :-1], ids[:, 1:], temperature=0.7)
 
-    Differentiable in logits through both outputs, for any upstream gradient; temperature is not differentiable. Rows whose id is
-    `ignore_index` give 0 and no gradient, whatever their logits hold. A logit of -inf is a token that cannot be chosen: it adds 0 to the
-    entropy, gets gradient 0, and choosing it gives -inf; a row of -inf alone gives NaN. No logits-sized memory is allocated but the
-    gradient; logits whose last stride is not 1 are copied once.
+    Differentiable in logits through both outputs, for any upstream gradient; temperature is not differentiable. Rows
+    whose id is `ignore_index` give 0 and no gradient, whatever their logits hold. A logit of -inf is a token that
+    cannot be chosen: it adds 0 to the entropy, gets gradient 0, and choosing it gives -inf; a row of -inf alone gives
+    NaN. No logits-sized memory is allocated but the gradient; logits whose last stride is not 1 are copied once.
 
-    Raises TypeError or ValueError for wrong dtypes, shapes and devices. An id out of range: ValueError with its position on the CPU; on
-    a GPU, where looking would wait for the device, its log-probability and gradient are NaN.
+    Raises TypeError or ValueError for wrong dtypes, shapes and devices. An id out of range: ValueError with its
+    position on the CPU; on a GPU, where looking would wait for the device, its log-probability and gradient are NaN.
     """
     _check(logits, token_ids, temperature, softcap, ignore_index)
     temperatures = temperature if isinstance(temperature, Tensor) else None

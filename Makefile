@@ -1,0 +1,48 @@
+# Every target makes what it needs: `make demo` and `make test` work on a fresh clone. PYTHON chooses the interpreter of the
+# environment; the variables of setup.py (RLHF_KERNELS_CUDA, RLHF_KERNELS_CPU, CXX, ...) reach the build through the environment.
+PYTHON ?= python3
+VENV ?= .venv
+RESULTS_DIR ?= benchmarks/results
+RUN = $(VENV)/bin/python
+PIP = $(RUN) -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+SOURCES = pyproject.toml setup.py constraints.txt $(shell find csrc -type f)
+
+.PHONY: demo test test-slow bench gpu lint clean
+
+demo: $(VENV)/.ready
+	$(RUN) -m rlhf demo
+
+test: $(VENV)/.ready
+	$(RUN) -m pytest -m "not slow"
+
+test-slow: $(VENV)/.ready
+	$(RUN) -m pytest -m slow
+
+bench: $(VENV)/.ready
+	mkdir -p $(RESULTS_DIR)
+	$(RUN) -m benchmarks --device cpu --json $(RESULTS_DIR)/cpu-$$(date +%F).json
+
+# For a machine with a GPU and no network: builds, tests and times with the interpreter and the packages that are there.
+gpu:
+	$(PYTHON) -m benchmarks.gpu --results-dir $(RESULTS_DIR)
+
+lint: $(VENV)/.lint
+	$(RUN) -m ruff check .
+	$(RUN) -m ruff format --check .
+	$(VENV)/bin/clang-format --dry-run --Werror $$(find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
+
+# torch first and pinned: an unpinned one would bring several GB of CUDA packages. The build uses the same torch, hence no isolation.
+$(VENV)/.ready: $(SOURCES)
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) --upgrade pip
+	$(PIP) torch
+	$(PIP) "setuptools>=77" wheel ninja pybind11
+	$(PIP) --no-build-isolation --editable ".[train,plots,test]"
+	touch $@
+
+$(VENV)/.lint: $(VENV)/.ready
+	$(PIP) ruff clang-format
+	touch $@
+
+clean:
+	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .hypothesis rlhf_kernels/*.so rlhf_kernels/_build.json $(VENV)
