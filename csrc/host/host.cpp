@@ -80,11 +80,6 @@ py::dict build_info() {
   py::dict info;
   info["compiler"] = __VERSION__;
   info["cplusplus"] = static_cast<int64_t>(__cplusplus);
-#ifdef NDEBUG
-  info["asserts"] = false;
-#else
-  info["asserts"] = true;
-#endif
   return info;
 }
 
