@@ -1,0 +1,206 @@
+"""Checkpoints that are whole or absent, and continue a run bit for bit.
+
+A checkpoint is written beside its place, synced, and renamed; its manifest of sizes and SHA-256 sums comes last. It
+holds safetensors and JSON only: weights, optimizer state, random generators, the step (which fixes the data order and
+the learning rate), the trainer's own numbers and the configuration.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import random
+import shutil
+import signal
+import threading
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy
+import torch
+from safetensors.torch import load_file, load_model, save_file, save_model
+from torch import Tensor, nn
+
+from rlhf.config import TrainConfig, UsageError
+
+# What may differ between a run and its continuation.
+FREE_FIELDS = {"output_dir", "resume", "save_steps", "save_total_limit", "report_to", "device", "sample_steps"}
+
+
+class CheckpointError(UsageError):
+    """A checkpoint that is damaged or belongs to another run."""
+
+
+def list_checkpoints(output_dir: Path) -> list[Path]:
+    """Newest first."""
+    return sorted(output_dir.glob("checkpoint-" + "[0-9]" * 6), reverse=True)
+
+
+def save_checkpoint(
+    output_dir: Path,
+    step: int,  # steps completed
+    modules: dict[str, nn.Module],
+    optimizer: torch.optim.Optimizer,
+    state: dict,  # JSON: the trainer's own numbers
+    identity: dict,  # what a continuation must agree with
+    keep: int,
+) -> Path:
+    for name, module in modules.items():
+        if not all(bool(torch.isfinite(p).all()) for p in module.parameters()):
+            raise RuntimeError(f"step {step}: the weights of {name} are not finite: no checkpoint is written")
+    target = output_dir / f"checkpoint-{step:06d}"
+    with_optimizer = _flatten(optimizer)
+    generators, numbers = _generators()
+    with replacing(target) as folder:
+        for name, module in modules.items():
+            save_model(module, str(folder / f"{name}.safetensors"))
+        save_file(with_optimizer, str(folder / "optimizer.safetensors"))
+        save_file(generators, str(folder / "generators.safetensors"))
+        record = {"step": step, "state": state, "identity": identity, "generators": numbers}
+        (folder / "state.json").write_text(json.dumps(record))
+    for old in list_checkpoints(output_dir)[keep:]:
+        shutil.rmtree(old)
+    return target
+
+
+def load_checkpoint(
+    path: Path,
+    modules: dict[str, nn.Module],
+    optimizer: torch.optim.Optimizer,
+    identity: dict,
+) -> tuple[int, dict]:  # step, state
+    record = json.loads((path / "state.json").read_text())
+    for name, now in identity.items():
+        if (then := record["identity"].get(name)) != now:
+            raise CheckpointError(f"{path}: {name} was {then!r} and is now {now!r}: a run continues as it was begun")
+    for name, module in modules.items():
+        load_model(module, str(path / f"{name}.safetensors"), device=str(next(module.parameters()).device))
+    state: dict[int, dict[str, Tensor]] = {}
+    for name, tensor in load_file(path / "optimizer.safetensors").items():
+        index, _, key = name.partition(".")
+        state.setdefault(int(index), {})[key] = tensor
+    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+    _restore(load_file(path / "generators.safetensors"), record["generators"])
+    return record["step"], record["state"]
+
+
+def problem_with(path: Path) -> str | None:
+    """Why a checkpoint can't be trusted, or None."""
+    try:
+        manifest = json.loads((path / "manifest.json").read_text())
+    except (OSError, ValueError) as error:
+        return f"no readable manifest ({error})"
+    for name, expected in manifest.items():
+        file = path / name
+        if not file.is_file() or _measure(file) != expected:
+            return f"{name} is missing or damaged"
+    return None
+
+
+def identity_of(config: TrainConfig, dataset_fingerprint: str) -> dict:
+    kept = {name: value for name, value in asdict(config).items() if name not in FREE_FIELDS}
+    return kept | {"dataset": dataset_fingerprint}
+
+
+class replacing:
+    """A folder that appears at `target` complete, with its manifest, or not at all."""
+
+    def __init__(self, target: Path):
+        self.target, self.folder = target, target.with_name(f".{target.name}.tmp")
+
+    def __enter__(self) -> Path:
+        shutil.rmtree(self.folder, ignore_errors=True)
+        self.folder.mkdir(parents=True)
+        return self.folder
+
+    def __exit__(self, kind, error, trace) -> None:
+        if kind is not None:
+            shutil.rmtree(self.folder, ignore_errors=True)
+            return
+        files = sorted(p for p in self.folder.rglob("*") if p.is_file())
+        manifest = {str(p.relative_to(self.folder)): _measure(p) for p in files}
+        (self.folder / "manifest.json").write_text(json.dumps(manifest, indent=1))
+        for path in (*files, self.folder / "manifest.json", self.folder):
+            _sync(path)
+        if self.target.exists():
+            shutil.rmtree(self.target)
+        self.folder.rename(self.target)
+        _sync(self.target.parent)
+
+
+def _measure(file: Path) -> list:
+    digest = hashlib.sha256()
+    with file.open("rb") as stream:
+        while block := stream.read(1 << 20):
+            digest.update(block)
+    return [file.stat().st_size, digest.hexdigest()]
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _flatten(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    state = optimizer.state_dict()["state"]
+    return {f"{index}.{key}": tensor.contiguous() for index, entry in state.items() for key, tensor in entry.items()}
+
+
+def seed_generators(seed: int) -> None:
+    """The global generators, which reward functions may draw from; the trainer itself doesn't."""
+    random.seed(seed)
+    numpy.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+
+
+def _generators() -> tuple[dict[str, Tensor], dict]:
+    tensors = {"torch": torch.get_rng_state()}
+    tensors |= {
+        f"cuda{i}": s for i, s in enumerate(torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [])
+    }
+    kind, keys, *rest = numpy.random.get_state()
+    return tensors, {"python": random.getstate(), "numpy": [kind, keys.tolist(), *rest]}
+
+
+def _restore(tensors: dict[str, Tensor], numbers: dict) -> None:
+    version, words, gauss = numbers["python"]
+    random.setstate((version, tuple(words), gauss))
+    kind, keys, *rest = numbers["numpy"]
+    numpy.random.set_state((kind, numpy.array(keys, dtype=numpy.uint32), *rest))
+    torch.set_rng_state(tensors.pop("torch"))
+    for name, state in tensors.items():
+        if torch.cuda.is_available() and int(name.removeprefix("cuda")) < torch.cuda.device_count():
+            torch.cuda.set_rng_state(state, int(name.removeprefix("cuda")))
+
+
+class Stopped(Exception):
+    """SIGTERM arrived and the trainer has reached a place where it can stop."""
+
+
+class StopSignal:
+    """SIGTERM as a flag to poll. A second one ends the process at once. Outside the main thread it never fires."""
+
+    received = False
+
+    def __enter__(self) -> StopSignal:
+        self._main = threading.current_thread() is threading.main_thread()
+        if self._main:
+            self._previous = signal.signal(signal.SIGTERM, self._receive)
+        return self
+
+    def __exit__(self, *_) -> None:
+        if self._main:
+            signal.signal(signal.SIGTERM, self._previous)
+
+    def _receive(self, *_) -> None:
+        if self.received:
+            os._exit(143)
+        self.received = True
+
+    def poll(self) -> None:
+        if self.received:
+            raise Stopped

@@ -1,0 +1,217 @@
+"""A run's directory: metrics.jsonl, samples.jsonl, config.yaml, checkpoints and final/, with progress on the screen."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import resource
+import sys
+import time
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+import yaml
+from torch import nn
+
+from rlhf.checkpoint import (
+    CheckpointError,
+    Stopped,
+    StopSignal,
+    identity_of,
+    list_checkpoints,
+    load_checkpoint,
+    problem_with,
+    replacing,
+    save_checkpoint,
+    seed_generators,
+)
+from rlhf.config import RunConfig, TrainConfig, UsageError
+from rlhf.data import Dataset
+from rlhf.model import LanguageModel, Scorer, choose_device, save
+from rlhf.types import TrainResult
+
+
+class Run:
+    """Where a training run stands and what it writes. Leaving the block on SIGTERM saves and exits with status 143.
+
+    with Run(config, {"policy": module}, optimizer, dataset, total) as run:
+        for step in run.steps():
+            run.poll()                    # between micro-batches, where stopping loses nothing
+            run.finish(step, metrics)     # logs, and saves when it is due
+        return run.result(model)
+    """
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        modules: dict[str, nn.Module],
+        optimizer: torch.optim.Optimizer,
+        dataset: Dataset,
+        total: int,
+    ):
+        self.config, self.modules, self.optimizer, self.total = config, modules, optimizer, total
+        self.folder = Path(config.output_dir)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.identity = identity_of(config, dataset.fingerprint())
+        self.state: dict = {}  # the trainer's own numbers, part of every checkpoint
+        self.completed = 0
+        self.metrics: dict[str, float] = {}
+        self.stop = StopSignal()
+        seed_generators(config.seed)
+        self._resume()
+        for name in ("metrics.jsonl", "samples.jsonl"):
+            _keep_until(self.folder / name, self.completed)
+        save_config(config)
+        device, dtype = choose_device(config)
+        cut = ", ".join(f"{count} {name}" for name, count in dataset.notes.items() if count)
+        say(f"{self.folder}: {device.type}, {dtype} compute; {cut}; steps {self.completed + 1} to {total}")
+
+    def _resume(self) -> None:
+        choice, found = self.config.resume, list_checkpoints(self.folder)
+        if choice == "no":
+            if found:
+                way_out = "use --resume auto to continue it, or another output_dir"
+                raise CheckpointError(f"{self.folder}: holds checkpoints of an earlier run: {way_out}")
+            return
+        for path in found if choice == "auto" else [Path(choice)]:
+            if problem := problem_with(path):
+                if choice != "auto":
+                    raise CheckpointError(f"{path}: {problem}")
+                say(f"{path}: {problem}; trying an older one")
+                continue
+            self.completed, self.state = load_checkpoint(path, self.modules, self.optimizer, self.identity)
+            say(f"continuing from {path}")
+            return
+
+    def __enter__(self) -> Run:
+        from tqdm import tqdm
+
+        self.stop.__enter__()
+        self._metrics_file = (self.folder / "metrics.jsonl").open("a", encoding="utf-8")
+        self._bar = tqdm(total=self.total, initial=self.completed, disable=None, desc=self.folder.name)
+        self._tracker = _tensorboard(self.folder) if self.config.report_to == "tensorboard" else None
+        self._since = time.perf_counter()
+        return self
+
+    def __exit__(self, kind, error, trace) -> None:
+        self._bar.close()
+        self._metrics_file.close()
+        if self._tracker:
+            self._tracker.close()
+        self.stop.__exit__()
+        if kind is Stopped:
+            say(f"stopped by SIGTERM; saved {self.save()}")
+            raise SystemExit(143)
+
+    def poll(self) -> None:
+        self.stop.poll()
+
+    def stopping(self) -> bool:
+        return self.stop.received
+
+    def steps(self) -> range:
+        return range(self.completed, self.total)
+
+    def finish(self, step: int, metrics: dict[str, float]) -> dict[str, float]:
+        """Logs a step that is done, and returns its metrics (which count `tokens`) with time and memory added."""
+        now = time.perf_counter()
+        seconds = now - self._since
+        metrics = metrics | {"timing/step": seconds, "tokens_per_second": metrics["tokens"] / seconds}
+        metrics["memory/peak_gb"] = _peak_memory()
+        self._since, self.completed, self.metrics = now, step + 1, metrics
+        shown = {name: value if math.isfinite(value) else None for name, value in metrics.items()}
+        self._metrics_file.write(json.dumps({"step": step + 1, **shown}) + "\n")
+        self._metrics_file.flush()
+        for name, value in metrics.items():
+            if self._tracker:
+                self._tracker.add_scalar(name, value, step + 1)
+        self._bar.update()
+        if self.config.save_steps and (step + 1) % self.config.save_steps == 0:
+            self.save()
+        return metrics
+
+    def save(self) -> Path:
+        keep = self.config.save_total_limit
+        return save_checkpoint(
+            self.folder, self.completed, self.modules, self.optimizer, self.state, self.identity, keep
+        )
+
+    def samples(self, step: int, rows: list[dict]) -> None:
+        write_samples(self.folder, [{"step": step + 1, **row} for row in rows])
+        show_table(f"step {step + 1}", rows[:4])
+
+    def result(self, model: LanguageModel | Scorer) -> TrainResult:
+        """Writes final/."""
+        with replacing(self.folder / "final") as folder:
+            save(model, folder)
+        return TrainResult(self.folder, self.folder / "final", self.completed, self.metrics)
+
+
+class Clock:
+    """Seconds between laps."""
+
+    def __init__(self):
+        self.laps: dict[str, float] = {}
+        self._since = time.perf_counter()
+
+    def lap(self, name: str) -> None:
+        now = time.perf_counter()
+        self.laps[f"timing/{name}"], self._since = now - self._since, now
+
+
+def say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
+def save_config(config: RunConfig) -> None:
+    """config.yaml, which --config takes."""
+    folder = Path(config.output_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.yaml").write_text(yaml.safe_dump(asdict(config), sort_keys=False), encoding="utf-8")
+
+
+def write_samples(folder: Path, rows: list[dict]) -> None:
+    with (folder / "samples.jsonl").open("a", encoding="utf-8") as file:
+        file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+
+
+def show_table(title: str, rows: list[dict]) -> None:
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.table import Table
+
+    def cell(value: object) -> str:
+        text = f"{value:.3f}" if isinstance(value, float) else str(value).strip()
+        return escape(text if len(text) <= 240 else f"{text[:40]} … {text[-200:]}")
+
+    table = Table(*rows[0], title=title, show_lines=True)
+    for row in rows:
+        table.add_row(*map(cell, row.values()))
+    Console().print(table)
+
+
+def _keep_until(path: Path, step: int) -> None:
+    """Drops the lines after a step: a continued run writes them again."""
+    if path.exists():
+        lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+        kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
+        temporary = path.with_suffix(".tmp")
+        temporary.write_text("".join(kept), encoding="utf-8")
+        os.replace(temporary, path)
+
+
+def _tensorboard(folder: Path):
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError as error:
+        raise UsageError("report_to: tensorboard is not installed: pip install tensorboard") from error
+    return SummaryWriter(str(folder))
+
+
+def _peak_memory() -> float:
+    """GB of device memory where there is a GPU, else of the process."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 1e9
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9

@@ -1,0 +1,239 @@
+"""Policy, reference, value and reward models, and the two forward passes that everything uses.
+
+Weights are float32; bfloat16 is the compute type (autocast), so an update of 1e-6 is not rounded away. Modules stay in
+eval mode: dropout would make the ratio of the first update differ from 1.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+import rlhf_kernels
+from rlhf.config import RunConfig, UsageError
+from rlhf.types import SequenceBatch
+
+
+class ModelError(UsageError):
+    """A model that can't be loaded or doesn't fit its use."""
+
+
+@dataclass(frozen=True)
+class _Loaded:
+    """What language models and scorers share."""
+
+    module: nn.Module
+    tokenizer: object
+    eos_ids: tuple[int, ...]  # the tokenizer's first; each of them ends a text
+    vocab_size: int  # ids that the tokenizer knows; rows of the embedding beyond them are padding
+    compute_dtype: torch.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.module.device
+
+    @property
+    def pad_id(self) -> int:
+        """Any valid id does: padding is known by lengths. A pad token outside the embedding gives way to EOS or 0."""
+        pad = self.tokenizer.pad_token_id
+        return pad if pad is not None and pad < self.vocab_size else next(iter(self.eos_ids), 0)
+
+    def autocast(self) -> AbstractContextManager:
+        enabled = self.compute_dtype != torch.float32
+        return torch.autocast(self.device.type, dtype=self.compute_dtype, enabled=enabled)
+
+
+class LanguageModel(_Loaded):
+    """Policy or reference. Ids from vocab_size on have no probability, in sampling and in training."""
+
+
+class Scorer(_Loaded):
+    """A sequence classifier with one label: a reward model, or a value model when read at every token."""
+
+
+def choose_device(config: RunConfig) -> tuple[torch.device, torch.dtype]:
+    """(device, compute type) that the configuration asks for."""
+    if config.device == "cuda" and not torch.cuda.is_available():
+        raise UsageError("device: cuda was asked for and torch finds no GPU: use --device cpu or a CUDA build of torch")
+    use_gpu = config.device != "cpu" and torch.cuda.is_available()
+    by_device = torch.bfloat16 if use_gpu else torch.float32
+    dtype = by_device if config.dtype == "auto" else getattr(torch, config.dtype)
+    return torch.device("cuda" if use_gpu else "cpu"), dtype
+
+
+# Loading and saving
+
+
+def load_tokenizer(path: str):
+    from transformers import AutoTokenizer
+
+    _check_directory(path)
+    return _load(AutoTokenizer.from_pretrained, path)
+
+
+def load_language_model(path: str, config: RunConfig) -> LanguageModel:
+    from transformers import AutoModelForCausalLM
+
+    device, dtype = choose_device(config)
+    tokenizer = load_tokenizer(path)
+    module = _load(AutoModelForCausalLM.from_pretrained, path, dtype=torch.float32, **_attention(path))
+    return LanguageModel(module.to(device).eval(), tokenizer, *_special(module, tokenizer), dtype)
+
+
+def load_scorer(path: str, config: RunConfig, head: Literal["keep", "random", "zero"] = "keep") -> Scorer:
+    """A sequence classifier. `keep` refuses a model without a head; `random` and `zero` give one to a language model:
+    N(0, 1/(H+1)) weights drawn from the seed (arXiv 2403.17031, detail 9), or zeros."""
+    from transformers import AutoModelForSequenceClassification
+
+    device, dtype = choose_device(config)
+    tokenizer = load_tokenizer(path)
+    options = {"num_labels": 1, "dtype": torch.float32, "output_loading_info": True, **_attention(path)}
+    with torch.random.fork_rng():
+        module, info = _load(AutoModelForSequenceClassification.from_pretrained, path, **options)
+    if not isinstance(getattr(module, "score", None), nn.Linear):
+        raise ModelError(f"{path}: {type(module).__name__} has no linear `score` head: expected a decoder")
+    if any(name.startswith("score.") for name in info["missing_keys"]):
+        if head == "keep":
+            raise ModelError(f"{path}: has no reward head: train one with `rlhf reward`")
+        _init_head(module.score, head, config.seed)
+    module.config.pad_token_id = tokenizer.pad_token_id  # where transformers' own forward looks for the last token
+    return Scorer(module.to(device).eval(), tokenizer, *_special(module, tokenizer), dtype)
+
+
+def frozen_copy(model: LanguageModel) -> LanguageModel:
+    return replace(model, module=copy.deepcopy(model.module).requires_grad_(False))
+
+
+def save(model: LanguageModel | Scorer, path: Path) -> None:
+    """As transformers and vLLM load it."""
+    if isinstance(model, LanguageModel):
+        generation = model.module.generation_config
+        generation.eos_token_id = list(model.eos_ids) or None
+        if generation.pad_token_id is None:
+            generation.pad_token_id = model.pad_id
+    model.module.save_pretrained(path)
+    model.tokenizer.save_pretrained(path)
+
+
+def same_vocabulary(a: LanguageModel | Scorer, b: LanguageModel | Scorer) -> bool:
+    return a.tokenizer.get_vocab() == b.tokenizer.get_vocab()
+
+
+def check_context(model: LanguageModel | Scorer, length: int, fields: str) -> None:
+    limit = getattr(model.module.config.get_text_config(), "max_position_embeddings", None)
+    if limit is not None and length > limit:
+        raise ModelError(f"{fields}: {length} tokens are more than the {limit} positions of the model")
+
+
+def _special(module: nn.Module, tokenizer) -> tuple[tuple[int, ...], int]:
+    """(every id that ends a text, by the tokenizer, the generation configuration and the configuration; vocab_size)"""
+    vocab_size = min(max(tokenizer.get_vocab().values()) + 1, module.get_input_embeddings().num_embeddings)
+    ids = []
+    for source in (tokenizer, getattr(module, "generation_config", None), module.config.get_text_config()):
+        found = getattr(source, "eos_token_id", None)
+        ids += found if isinstance(found, list) else [] if found is None else [found]
+    return tuple(i for i in dict.fromkeys(ids) if i < vocab_size), vocab_size
+
+
+def _check_directory(path: str) -> None:
+    beside_existing = "/" in path and Path(path).parent.exists()  # a mistyped directory, not a hub id
+    looks_local = path.startswith((".", "/", "~")) or path.count("/") > 1 or Path(path).exists() or beside_existing
+    if looks_local and not (Path(path) / "config.json").is_file():
+        problem = "has no config.json" if Path(path).is_dir() else "no such directory"
+        raise ModelError(f"{path}: not a model directory: {problem}")
+
+
+def _load(loader, path: str, **options):
+    try:
+        return loader(path, local_files_only=Path(path).is_dir(), **options)
+    except Exception as error:  # a damaged or foreign directory raises the types of five libraries
+        reason = " ".join(str(error).split())
+        raise ModelError(f"{path}: cannot be loaded: {reason}") from error
+
+
+def _attention(path: str) -> dict[str, str]:
+    """Eager attention where scores are capped: sdpa drops the softcap of Gemma 2 without a word."""
+    from transformers import AutoConfig
+
+    config = _load(AutoConfig.from_pretrained, path).get_text_config()
+    capped = getattr(config, "attn_logit_softcapping", None)
+    return {"attn_implementation": "eager"} if capped else {}
+
+
+def _init_head(head: nn.Linear, kind: str, seed: int) -> None:
+    with torch.no_grad():
+        head.weight.zero_()
+        if kind == "random":
+            noise = torch.randn(head.weight.shape, generator=torch.Generator().manual_seed(seed))
+            head.weight.copy_(noise / (head.in_features + 1) ** 0.5)
+
+
+# Forward
+
+
+def response_logprobs(
+    model: LanguageModel,
+    batch: SequenceBatch,
+    temperature: float = 1.0,
+) -> tuple[Tensor, Tensor]:  # (B, R) log-probabilities and entropies in nats, 0 beyond a response
+    """The log-probability of every response token, in sampling and in training alike.
+
+    Logits exist from the shortest prompt's end on, and for the ids that the tokenizer knows.
+    """
+    first = int(batch.prompt_lengths.min()) - 1
+    kept = batch.ids.shape[1] - first
+    with model.autocast():
+        logits = model.module(**_inputs(model.module, batch), **_only_last(model.module, kept)).logits
+    logits = logits[:, -kept:-1, : model.vocab_size]
+    at = torch.arange(first + 1, batch.ids.shape[1], device=batch.ids.device)
+    counted = (at >= batch.prompt_lengths[:, None]) & (at < batch.lengths[:, None])
+    targets = batch.ids[:, first + 1 :].masked_fill(~counted, -100)
+    logprobs, entropy = rlhf_kernels.token_logprobs(logits, targets, temperature=temperature, return_entropy=True)
+    return _align(logprobs, batch, first), _align(entropy, batch, first)
+
+
+def response_values(model: Scorer, batch: SequenceBatch) -> Tensor:  # (B, R), before each response token
+    return _align(token_scores(model, batch), batch, 0)
+
+
+def sequence_scores(model: Scorer, batch: SequenceBatch) -> Tensor:  # (B,), at the last token by length
+    return token_scores(model, batch).gather(1, batch.lengths[:, None] - 1)[:, 0]
+
+
+def token_scores(model: Scorer, batch: SequenceBatch) -> Tensor:  # (B, T) float32
+    """The head at every token, less the configuration's reward_mean, over its reward_std. The head runs in float32."""
+    with model.autocast():
+        hidden = model.module.base_model(**_inputs(model.module.base_model, batch)).last_hidden_state
+    config = model.module.config
+    raw = model.module.score(hidden.float())[..., 0]
+    return (raw - getattr(config, "reward_mean", 0.0)) / getattr(config, "reward_std", 1.0)
+
+
+def _align(per_token: Tensor, batch: SequenceBatch, first: int) -> Tensor:
+    """(B, T'), column c about what follows position first + c, to (B, R), column j about response token j."""
+    mask = batch.response_mask
+    at = batch.prompt_lengths[:, None] - 1 - first + torch.arange(mask.shape[1], device=mask.device)
+    return per_token.gather(1, at.clamp(max=per_token.shape[1] - 1)).masked_fill(~mask, 0.0)
+
+
+def _inputs(module: nn.Module, batch: SequenceBatch) -> dict[str, Tensor | bool]:
+    position = torch.arange(batch.ids.shape[1], device=batch.ids.device)
+    inputs = {
+        "input_ids": batch.ids,
+        "attention_mask": (position < batch.lengths[:, None]).long(),
+        "use_cache": False,
+    }
+    if "position_ids" in inspect.signature(module.forward).parameters:
+        inputs["position_ids"] = position.expand_as(batch.ids)
+    return inputs
+
+
+def _only_last(module: nn.Module, count: int) -> dict[str, int]:
+    return {"logits_to_keep": count} if "logits_to_keep" in inspect.signature(module.forward).parameters else {}

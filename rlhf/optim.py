@@ -1,0 +1,65 @@
+"""AdamW, the learning rate as a function of the step, clipping, and what happens when numbers stop being finite."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import nn
+
+from rlhf.config import TrainConfig, TrainingDiverged
+
+
+def make_optimizer(models: list[tuple[nn.Module, float]], config: TrainConfig) -> torch.optim.AdamW:
+    """One AdamW over (module, peak learning rate) pairs. Vectors (norms, biases) have no weight decay."""
+    groups = []
+    for module, rate in models:
+        trained = [p for p in module.parameters() if p.requires_grad]
+        for decay, params in (
+            (config.weight_decay, [p for p in trained if p.dim() >= 2]),
+            (0.0, [p for p in trained if p.dim() < 2]),
+        ):
+            groups.append({"params": params, "weight_decay": decay, "peak_lr": rate, "lr": rate})
+    betas = (config.adam_beta1, config.adam_beta2)
+    return torch.optim.AdamW([g for g in groups if g["params"]], betas=betas, eps=config.adam_epsilon)
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, config: TrainConfig, step: int, total: int) -> float:
+    """Sets the rates of step 0 <= step < total, and returns the first model's."""
+    for group in optimizer.param_groups:
+        group["lr"] = group["peak_lr"] * schedule(config, step, total)
+    return optimizer.param_groups[0]["lr"]
+
+
+def schedule(config: TrainConfig, step: int, total: int) -> float:
+    """Factor of the peak learning rate: up to 1 over the warm-up, then down to 0 one step after the last."""
+    if step < config.warmup_steps:
+        return (step + 1) / (config.warmup_steps + 1)
+    done = (step - config.warmup_steps) / max(1, total - config.warmup_steps)
+    shapes = {"constant": 1.0, "linear": 1 - done, "cosine": 0.5 * (1 + math.cos(math.pi * done))}
+    return shapes[config.lr_scheduler_type]
+
+
+class StepGuard:
+    """Optimizer steps that skip what is not finite, and give up after `patience` skips in a row."""
+
+    def __init__(self, optimizer: torch.optim.Optimizer, modules: list[nn.Module], max_norm: float, patience: int = 3):
+        self.optimizer, self.modules, self.max_norm, self.patience = optimizer, modules, max_norm, patience
+        self.skipped = self.in_a_row = 0
+
+    def step(self, loss: float) -> float:
+        """Clips each module's gradients to max_norm, updates, clears them; returns the largest norm before clipping."""
+        norms = [float(nn.utils.clip_grad_norm_(module.parameters(), self.max_norm)) for module in self.modules]
+        if math.isfinite(loss) and all(map(math.isfinite, norms)):
+            self.optimizer.step()
+            self.in_a_row = 0
+        else:
+            self.skipped += 1
+            self.in_a_row += 1
+        self.optimizer.zero_grad(set_to_none=True)
+        if self.in_a_row >= self.patience:
+            raise TrainingDiverged(
+                f"loss {loss} with gradient norms {norms}: {self.in_a_row} optimizer steps in a row were not finite; "
+                "lower learning_rate or look at the rewards"
+            )
+        return max(norms)

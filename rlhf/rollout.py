@@ -1,0 +1,90 @@
+"""Sampling: prompts to a Rollout, with the policy's own weights."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from rlhf.model import LanguageModel
+from rlhf.types import PromptBatch, Rollout, pad_sequences
+
+
+@dataclass(frozen=True)
+class Sampling:
+    max_new_tokens: int
+    temperature: float = 1.0  # 0 takes the likeliest token
+
+
+def generate(
+    model: LanguageModel,
+    prompts: PromptBatch,
+    sampling: Sampling,
+    *,
+    seed: tuple[int, ...] = (0,),
+    should_stop: Callable[[], bool] = lambda: False,
+) -> Rollout:
+    """One response to each prompt, up to and including its first EOS token.
+
+    The samples depend on `seed` and the batch alone; torch's global generator is left as it was. Nothing truncates the
+    distribution (no top-k, no top-p), and ids that the tokenizer doesn't know are never drawn, so that training scores
+    the distribution that was sampled from. `should_stop` is polled at each token; responses are then cut short.
+    """
+    width = max(map(len, prompts.token_ids))
+    padded = [[model.pad_id] * (width - len(p)) + p for p in prompts.token_ids]
+    mask = [[0] * (width - len(p)) + [1] * len(p) for p in prompts.token_ids]
+    ids, mask = torch.tensor(padded, device=model.device), torch.tensor(mask, device=model.device)
+    new_ids = _sample(model, ids, mask, sampling, seed, should_stop)[:, width:]
+
+    ends = torch.isin(new_ids, torch.tensor(model.eos_ids, dtype=torch.long, device=new_ids.device))
+    finished = ends.any(1)
+    lengths = torch.where(finished, ends.int().argmax(1) + 1, new_ids.shape[1]).tolist()
+    responses = [row[:n] for row, n in zip(new_ids.tolist(), lengths)]
+    texts = [r[:-1] if f else r for r, f in zip(responses, finished.tolist())]
+    return Rollout(
+        sequences=pad_sequences(prompts.token_ids, responses, model.pad_id).to(model.device),
+        finished=finished,
+        prompts=prompts,
+        completions=[decode(model.tokenizer, ids) for ids in texts],
+    )
+
+
+def decode(tokenizer, ids: list[int]) -> str:
+    return tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+
+
+def _sample(model: LanguageModel, ids: Tensor, mask: Tensor, sampling: Sampling, seed, should_stop) -> Tensor:
+    from transformers import GenerationConfig
+
+    module, cuda = model.module, [model.device] if model.device.type == "cuda" else []
+    rows = module.get_output_embeddings().weight.shape[0]
+    ours = GenerationConfig(
+        max_new_tokens=sampling.max_new_tokens,
+        do_sample=sampling.temperature > 0,
+        temperature=sampling.temperature or 1.0,
+        top_k=0,
+        top_p=1.0,
+        eos_token_id=list(model.eos_ids) or None,
+        pad_token_id=model.pad_id,
+        suppress_tokens=list(range(model.vocab_size, rows)) or None,
+    )
+
+    def stop(ids: Tensor, scores: Tensor, **_) -> Tensor:
+        return torch.full((ids.shape[0],), should_stop(), device=ids.device)
+
+    # What ours leaves unset would be taken from the model's own configuration, so that one is set aside.
+    own, module.generation_config = module.generation_config, ours
+    try:
+        with torch.no_grad(), torch.random.fork_rng(cuda), model.autocast():
+            torch.manual_seed(mix(*seed))
+            return module.generate(input_ids=ids, attention_mask=mask, generation_config=ours, stopping_criteria=[stop])
+    finally:
+        module.generation_config = own
+
+
+def mix(*keys: int) -> int:
+    """One 63-bit seed for a tuple of integers, such as (seed, step)."""
+    return int.from_bytes(hashlib.sha256(repr(keys).encode()).digest()[:8], "big") >> 1

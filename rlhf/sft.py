@@ -1,0 +1,57 @@
+"""Supervised fine-tuning: the mean negative log-probability of completions, or of whole texts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+from rlhf.config import SFTConfig
+from rlhf.data import TokenExample, load, plan
+from rlhf.log import Run
+from rlhf.losses import completion_loss
+from rlhf.model import LanguageModel, check_context, load_language_model, response_logprobs
+from rlhf.optim import StepGuard, make_optimizer, set_learning_rate
+from rlhf.types import SequenceBatch, TrainResult, pad_sequences
+
+
+def train(
+    config: SFTConfig,
+    on_step: Callable[[int, LanguageModel, dict[str, float]], None] | None = None,
+) -> TrainResult:
+    model = load_language_model(config.model_name_or_path, config)
+    check_context(model, config.max_length, "max_length")
+    data = load(
+        config.dataset_name, config.dataset_split, model.tokenizer, ("completion",), config.max_length, model.eos_ids
+    )
+    optimizer = make_optimizer([(model.module, config.learning_rate)], config)
+    guard = StepGuard(optimizer, [model.module], config.max_grad_norm)
+    batch_size = config.per_device_train_batch_size * config.gradient_accumulation_steps
+    windows = plan(len(data), batch_size, config.num_train_epochs, config.max_steps)
+
+    with Run(config, {"model": model.module}, optimizer, data, len(windows)) as run:
+        for step in run.steps():
+            batch = collate(data.window(*windows[step], config.seed), model, config.completion_only_loss)
+            rate = set_learning_rate(optimizer, config, step, len(windows))
+            tokens = int(batch.response_lengths.sum())
+            loss = entropy = 0.0
+            for rows in torch.arange(len(batch.ids), device=model.device).split(config.per_device_train_batch_size):
+                run.poll()
+                logprobs, entropies = response_logprobs(model, batch.rows(rows))
+                part = completion_loss(logprobs, tokens)
+                part.backward()
+                loss += part.item()
+                entropy += entropies.sum().item() / tokens
+            norm = guard.step(loss)
+            metrics = {"loss": loss, "entropy": entropy, "grad_norm": norm, "lr": rate, "tokens": tokens}
+            metrics |= {"epoch": windows[step][1] / len(data), "skipped_steps": guard.skipped}
+            metrics = run.finish(step, metrics)
+            if on_step:
+                on_step(step + 1, model, metrics)
+        return run.result(model)
+
+
+def collate(examples: list[TokenExample], model: LanguageModel, completion_only: bool) -> SequenceBatch:
+    prompts = [e.prompt if completion_only else e.prompt[:1] for e in examples]
+    answers = [e.completions[0] if completion_only else e.prompt[1:] + e.completions[0] for e in examples]
+    return pad_sequences(prompts, answers, model.pad_id).to(model.device)

@@ -1,0 +1,168 @@
+"""Rows to tokens: what is read, what is refused and where, and the order of examples."""
+
+from __future__ import annotations
+
+import gzip
+import json
+
+import pytest
+from conftest import SHARED_DATA
+from tiny_models import write_jsonl
+
+from rlhf.data import DataError, Dataset, TokenExample, fit, load, parse, plan, read_rows, tokenize
+from rlhf.model import load_tokenizer
+
+TEMPLATE = (
+    "{% for m in messages %}<{{ m.role }}> {{ m.content }} {{ eos_token }}\n{% endfor %}"
+    "{% if add_generation_prompt %}<assistant> {% endif %}"
+)
+
+
+@pytest.fixture
+def tokenizer(tiny_model):
+    return load_tokenizer(tiny_model)
+
+
+@pytest.mark.parametrize(
+    ("line", "problem"),
+    [
+        (b'{"prompt": "a", \n', "not valid JSON"),
+        (b'["a"]\n', "expected a JSON object, got list"),
+        (b'{"completion": "a"}\n', "expected the column 'prompt', got completion"),
+        (b'{"prompt": "a"}\n', "expected the column 'completion'"),
+        (b'{"prompt": 3, "completion": "a"}\n', "prompt: expected text, got 3"),
+        (b'{"prompt": [1], "completion": [2]}\n', "prompt: expected messages with role and content"),
+        (b'{"prompt": "\xff", "completion": "a"}\n', "not UTF-8"),
+        (b'{"messages": [{"role": "user", "content": "a"}]}\n', "the tokenizer has none"),
+    ],
+)
+def test_a_bad_row_is_named_by_file_and_line(tmp_path, tokenizer, line, problem):
+    path = tmp_path / "rows.jsonl"
+    path.write_bytes(b'{"prompt": "the", "completion": "film"}\n\n' + line)
+    with pytest.raises(DataError) as error:
+        load(str(path), "train", tokenizer, ("completion",), 16, (2,))
+    assert str(error.value).startswith(f"{path}:3: ") and problem in str(error.value)
+
+
+def test_files_that_cannot_be_read(tmp_path, tokenizer):
+    with pytest.raises(DataError, match=r"absent\.jsonl: no such file"):
+        list(read_rows("absent.jsonl"))
+    (tmp_path / "rows.xml").write_text("<a/>")
+    with pytest.raises(DataError, match="expected a file ending in one of"):
+        list(read_rows(str(tmp_path / "rows.xml")))
+    (tmp_path / "cut.jsonl.gz").write_bytes(gzip.compress(b'{"prompt": "a"}\n' * 1000)[:-20])
+    with pytest.raises(DataError, match=r"cut.jsonl.gz:\d+: cannot be read"):
+        list(read_rows(str(tmp_path / "cut.jsonl.gz")))
+    with pytest.raises(DataError, match=r"empty\.jsonl: no usable row"):
+        load(write_jsonl(tmp_path / "empty.jsonl", []), "train", tokenizer, (), 16, (2,))
+
+
+def test_csv_json_and_parquet_give_the_rows_of_jsonl(tmp_path):
+    rows = [{"prompt": "the film", "completion": "was good"}, {"prompt": "a, b", "completion": 'say "no"'}]
+    import datasets
+
+    table = datasets.Dataset.from_list(rows)
+    table.to_csv(tmp_path / "rows.csv")
+    table.to_parquet(tmp_path / "rows.parquet")
+    (tmp_path / "rows.json").write_text(json.dumps(rows))
+    write_jsonl(tmp_path / "rows.jsonl", rows)
+    for suffix in ("csv", "json", "parquet", "jsonl"):
+        assert [row for _, row in read_rows(str(tmp_path / f"rows.{suffix}"))] == rows, suffix
+
+
+@pytest.mark.parametrize(
+    ("chosen", "rejected", "prompt"),
+    [
+        ("\n\nHuman: Hi\n\nAssistant: I am", "\n\nHuman: Hi\n\nAssistant: I was", "\n\nHuman: Hi\n\nAssistant:"),
+        ("the film was great", "the film was grim", "the film was"),
+        ("the film was great", "the film was great indeed", "the film was"),
+        ("yes", "no", ""),
+    ],
+)
+def test_the_shared_beginning_is_the_prompt(chosen, rejected, prompt):
+    example = parse("f:1", {"chosen": chosen, "rejected": rejected}, ("chosen", "rejected"), None)
+    assert example.prompt == prompt
+    assert [example.prompt + completion for completion in example.completions] == [chosen, rejected]
+
+
+def test_messages_are_rendered_and_end_once(tokenizer):
+    tokenizer.chat_template = TEMPLATE
+    turns = [{"role": "user", "content": "the film"}, {"role": "assistant", "content": "was good"}]
+    example = parse("f:1", {"messages": turns}, ("completion",), tokenizer)
+    assert example.prompt.endswith("<assistant> ") and example.completions == [f"was good {tokenizer.eos_token}\n"]
+    data = tokenize([("f:1", {"messages": turns})], tokenizer, ("completion",), 32, (tokenizer.eos_token_id,))
+    assert data.examples[0].completions[0].count(tokenizer.eos_token_id) == 1
+    pair = {"chosen": turns, "rejected": [turns[0], {"role": "assistant", "content": "was bad"}]}
+    assert parse("f:1", pair, ("chosen", "rejected"), tokenizer).prompt == example.prompt
+
+
+def test_tokens_and_text_of_a_row(tokenizer):
+    eos = tokenizer.eos_token_id
+    row = {"prompt": "the film", "completion": " was good", "label": 7}
+    example = tokenize([("f:1", row)], tokenizer, ("completion",), 16, (eos,)).examples[0]
+    ids = tokenizer.convert_tokens_to_ids(["the", "film", "was", "good"])
+    assert (example.prompt, example.completions) == (ids[:2], [[*ids[2:], eos]])
+    assert (example.text, example.columns) == ("the film", {"label": 7})
+
+
+def test_an_empty_prompt_starts_with_bos(tokenizer):
+    data = tokenize([("f:1", {"text": "the film"})], tokenizer, ("completion",), 16, (tokenizer.eos_token_id,))
+    assert data.examples[0].prompt == [tokenizer.bos_token_id]
+
+
+def test_a_long_prompt_loses_its_head_and_a_completion_its_tail():
+    assert fit([1, 2, 3, 4], [[5, 6]], 5) == ([2, 3, 4], [[5, 6]])
+    assert fit([1, 2, 3, 4], [[5, 6, 7, 8, 9]], 6) == ([2, 3, 4], [[5, 6, 7]])
+    assert fit([1], [[5, 6, 7, 8, 9], [5]], 4) == ([1], [[5, 6, 7], [5]])
+    assert fit([1, 2, 3], [], 2) == ([2, 3], [])
+
+
+def test_what_is_cut_or_dropped_is_counted(tokenizer):
+    pair = {"prompt": "the film", "chosen": "was good", "rejected": "was good"}
+    rows = [pair, pair | {"rejected": "was bad"}, pair | {"chosen": "was very very very good"}]
+    data = tokenize([("f", row) for row in rows], tokenizer, ("chosen", "rejected"), 6, (tokenizer.eos_token_id,))
+    assert data.notes == {"rows": 3, "dropped_identical": 1, "cut_prompts": 0, "cut_completions": 1}
+    assert tokenizer.eos_token_id not in data.examples[1].completions[0]  # what was cut did not end
+
+
+def test_a_plain_text_becomes_blocks(tmp_path, tokenizer):
+    path = tmp_path / "text.txt"
+    path.write_text("the film was good " * 5)
+    data = load(str(path), "train", tokenizer, ("completion",), 8, (2,))
+    assert [len(e.prompt + e.completions[0]) for e in data.examples] == [8, 8]
+    assert data.notes == {"blocks": 2, "dropped_tokens": 4}
+    with pytest.raises(DataError, match="lower max_length from 64"):
+        load(str(path), "train", tokenizer, ("completion",), 64, (2,))
+
+
+def make_dataset(n: int) -> Dataset:
+    return Dataset([TokenExample([i], [[i]], str(i), {}) for i in range(n)], {})
+
+
+def test_windows_visit_every_example_once_an_epoch_in_a_new_order():
+    data = make_dataset(10)
+    first, second = ([e.prompt[0] for e in data.window(10 * k, 10 * k + 10, seed=1)] for k in range(2))
+    assert sorted(first) == sorted(second) == list(range(10)) and first != second
+    across = [e.prompt[0] for e in data.window(7, 13, seed=1)]
+    assert across == first[7:] + second[:3]
+    assert [e.prompt[0] for e in data.window(0, 10, seed=2)] != first
+
+
+def test_a_plan_is_exactly_its_epochs():
+    assert plan(10, 4, 1.0, -1) == [(0, 4), (4, 8), (8, 10)]
+    assert plan(10, 4, 0.5, -1) == [(0, 4), (4, 5)]
+    assert plan(10, 4, 1.0, 5) == [(0, 4), (4, 8), (8, 12), (12, 16), (16, 20)]
+
+
+def test_held_out_examples_are_apart():
+    rest, held = make_dataset(20).split(0.25, seed=3)
+    ids = [e.prompt[0] for e in rest.examples], [e.prompt[0] for e in held.examples]
+    assert (len(ids[0]), len(ids[1])) == (15, 5) and sorted(ids[0] + ids[1]) == list(range(20))
+
+
+@pytest.mark.skipif(not SHARED_DATA.exists(), reason="the real data are not here")
+def test_real_dialogues_split_exactly_at_the_last_answer():
+    for where, row in read_rows(str(SHARED_DATA / "hh-harmless-base-1500.jsonl.gz")):
+        example = parse(where, row, ("chosen", "rejected"), None)
+        assert example.prompt.endswith("\n\nAssistant:")
+        assert [example.prompt + c for c in example.completions] == [row["chosen"], row["rejected"]]

@@ -1,0 +1,150 @@
+"""Losses against closed forms, accumulation against one batch, the schedule, and steps that are not finite."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import nn
+
+from rlhf.advantages import Models, score, with_advantages
+from rlhf.config import PPOConfig, SFTConfig, TrainingDiverged
+from rlhf.losses import completion_loss, preference_loss
+from rlhf.optim import StepGuard, make_optimizer, schedule
+from rlhf.ppo import load_models, minibatches, update
+from rlhf.rollout import Sampling, generate
+from rlhf.types import PromptBatch
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+SFT = {"model_name_or_path": "m", "dataset_name": "d", "output_dir": "o"}
+
+
+def test_preference_loss_is_bradley_terry():
+    scores = torch.tensor([2.0, -1.0, 0.5, 1.0], requires_grad=True)
+    loss, stats = preference_loss(scores, pairs=2, center=0.01)
+
+    def sigmoid(x: float) -> float:
+        return 1 / (1 + math.exp(-x))
+
+    expected = (-math.log(sigmoid(1.5)) - math.log(sigmoid(-2.0)) + 0.01 * (2.5**2 + 0.0**2)) / 2
+    assert float(loss.detach()) == pytest.approx(expected, rel=1e-6)
+    assert {name: float(value) for name, value in stats.items()} == pytest.approx(
+        {"chosen": 1.0, "rejected": 1.5, "margins": -0.5, "accuracies": 1.0}
+    )
+    loss.backward()
+    assert float(scores.grad[0]) == pytest.approx((-sigmoid(-1.5) + 0.02 * 2.5) / 2, rel=1e-5)
+
+
+def test_completion_loss_is_a_mean_over_the_whole_step():
+    logprobs = torch.tensor([[-1.0, -2.0, 0.0], [-3.0, 0.0, 0.0]])
+    assert float(completion_loss(logprobs, tokens=3)) == 2.0
+    parts = [completion_loss(row, tokens=3) for row in logprobs.split(1)]
+    assert float(sum(parts)) == 2.0
+
+
+def ppo_config(tiny_model, **changes) -> PPOConfig:
+    base = {"model_name_or_path": tiny_model, "dataset_name": "d", "output_dir": "o", "device": "cpu"}
+    base |= {"reward": ["rewards_for_tests:count_good"], "response_length": 6, "max_prompt_length": 8}
+    return PPOConfig(**base | {"per_device_train_batch_size": 8, "temperature": 1.0} | changes)
+
+
+def experience_of(models: Models, config: PPOConfig):
+    prompts = [[4, 5, 6], [7], [8, 9, 10, 11, 5], [4, 4]] * 2
+    rollout = generate(models.policy, PromptBatch(prompts, ["text"] * 8, {}), Sampling(6))
+    experience, _ = score(rollout, models, config)
+    return with_advantages(experience, config, config.kl_coef)
+
+
+@pytest.mark.parametrize("micro", [1, 2])
+def test_accumulated_gradients_equal_those_of_one_batch(tiny_model, micro):
+    """Responses of different lengths: a mean of the micro-batches' means would differ."""
+
+    class KeepGradients(StepGuard):
+        def step(self, loss: float) -> float:
+            self.loss = loss
+            return 0.0
+
+    gradients, losses = [], []
+    for size in (8, micro):
+        config = ppo_config(tiny_model, per_device_train_batch_size=size, entropy_coef=0.01)
+        models = load_models(config)
+        models = replace(models, policy=replace(models.policy, eos_ids=(2, 5, 9, 11, 12)))  # so that lengths differ
+        experience = experience_of(models, ppo_config(tiny_model))
+        assert len(set(experience.sequences.response_lengths.tolist())) > 2
+        guard = KeepGradients(None, [], 1.0)
+        update(models, experience, torch.arange(8), guard, config)
+        losses.append(guard.loss)
+        modules = (models.policy.module, models.value.module)
+        gradients.append([p.grad for m in modules for p in m.parameters() if p.grad is not None])
+    assert losses[0] == pytest.approx(losses[1], abs=1e-6)
+    assert len(gradients[0]) == len(gradients[1]) > 20
+    for whole, accumulated in zip(*gradients):
+        torch.testing.assert_close(accumulated, whole, rtol=1e-4, atol=1e-6)
+
+
+def test_the_first_epoch_goes_in_order_and_later_ones_shuffle(tiny_model):
+    config = ppo_config(tiny_model, num_mini_batches=2, num_ppo_epochs=3, per_device_train_batch_size=4)
+    experience = experience_of(load_models(config), config)
+    rows = [minibatch.tolist() for minibatch in minibatches(experience, config, step=5)]
+    assert rows[:2] == [[0, 1, 2, 3], [4, 5, 6, 7]]
+    assert all(sorted(rows[2 * e] + rows[2 * e + 1]) == list(range(8)) for e in range(3))
+    assert len({str(rows[2 * e : 2 * e + 2]) for e in range(3)}) == 3
+    assert rows == [minibatch.tolist() for minibatch in minibatches(experience, config, step=5)]
+    assert rows != [minibatch.tolist() for minibatch in minibatches(experience, config, step=6)]
+
+
+@pytest.mark.parametrize(
+    ("shape", "expected"),
+    [
+        ("constant", [1 / 3, 2 / 3, 1, 1, 1, 1]),
+        ("linear", [1 / 3, 2 / 3, 1, 0.75, 0.5, 0.25]),
+        ("cosine", [1 / 3, 2 / 3, 1, 0.5 + 0.125**0.5, 0.5, 0.5 - 0.125**0.5]),
+    ],
+)
+def test_the_learning_rate_rises_and_falls(shape, expected):
+    config = SFTConfig(**SFT, lr_scheduler_type=shape, warmup_steps=2)
+    assert [schedule(config, step, 6) for step in range(6)] == pytest.approx(expected)
+
+
+def test_only_matrices_decay_and_each_model_has_its_rate():
+    module = nn.Sequential(nn.Linear(2, 2), nn.LayerNorm(2))
+    config = SFTConfig(**SFT, weight_decay=0.1)
+    groups = make_optimizer([(module, 1e-3), (nn.Linear(2, 1, bias=False), 1e-2)], config).param_groups
+    assert [(g["peak_lr"], g["weight_decay"], len(g["params"])) for g in groups] == [
+        (1e-3, 0.1, 1),
+        (1e-3, 0.0, 3),
+        (1e-2, 0.1, 1),
+    ]
+
+
+def test_steps_that_are_not_finite_are_skipped_and_three_in_a_row_end_the_run():
+    module = nn.Linear(2, 1)
+    guard = StepGuard(torch.optim.SGD(module.parameters(), lr=0.1), [module], max_norm=1.0)
+
+    def step(value: float) -> None:
+        (module(torch.ones(1, 2)).sum() * value).backward()
+        guard.step(value)
+
+    before = module.weight.detach().clone()
+    step(float("nan"))
+    step(float("inf"))
+    assert torch.equal(module.weight, before) and guard.skipped == 2
+    step(1.0)
+    assert not torch.equal(module.weight, before) and module.weight.grad is None
+    step(float("nan"))
+    step(float("nan"))
+    with pytest.raises(TrainingDiverged, match="3 optimizer steps in a row were not finite"):
+        step(float("nan"))
+    assert bool(torch.isfinite(module.weight).all())
+
+
+def test_clipping_is_by_model():
+    modules = [nn.Linear(4, 1, bias=False), nn.Linear(4, 1, bias=False)]
+    guard = StepGuard(torch.optim.SGD([p for m in modules for p in m.parameters()], lr=1.0), modules, max_norm=1.0)
+    before = [m.weight.detach().clone() for m in modules]
+    (100 * modules[0](torch.ones(1, 4)) + 0.1 * modules[1](torch.ones(1, 4))).backward()
+    assert guard.step(1.0) == pytest.approx(200.0)
+    assert (modules[0].weight - before[0]).norm().item() == pytest.approx(1.0, rel=1e-4)
+    assert (modules[1].weight - before[1]).norm().item() == pytest.approx(0.2, rel=1e-4)
