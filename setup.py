@@ -19,6 +19,7 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from setuptools import Extension, setup
@@ -96,10 +97,10 @@ def gencode_flags():
 
 
 class Plan:
-    """The text of one build.ninja: objects, then one shared library."""
+    """One library: objects, then the link. Runs as one build.ninja, or as plain commands where there is no ninja."""
 
     def __init__(self, name, build_dir):
-        self.name, self.lines, self.objects = name, [NINJA_RULES], []
+        self.name, self.lines, self.objects, self.commands = name, [NINJA_RULES], [], []
         self.build_dir = build_dir / name
 
     def compile(self, rule, compiler, source, flags, tag=""):
@@ -114,19 +115,27 @@ class Plan:
         escape = lambda p: str(p).replace(" ", "$ ").replace(":", "$:")  # noqa: E731
         self.lines.append(f"build {escape(out)}: {rule} {' '.join(map(escape, inputs))}")
         self.lines.append(f"  cxx = {compiler}\n  flags = {' '.join(map(shlex.quote, flags))}")
+        action = ["-shared", *inputs, *flags] if rule == "link" else [*flags, "-c", *inputs]
+        self.commands.append([*shlex.split(compiler), *map(str, action), "-o", str(out)])
 
     def run(self):
         self.build_dir.mkdir(parents=True, exist_ok=True)
         (self.build_dir / "build.ninja").write_text("\n".join(self.lines) + "\n")
-        ninja = shutil.which("ninja") or str(Path(sys.executable).with_name("ninja"))
-        jobs = ["-j", os.environ["MAX_JOBS"]] if os.environ.get("MAX_JOBS") else []
-        done = subprocess.run(
-            [ninja, *jobs], cwd=self.build_dir, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-        )
+        ninja = shutil.which("ninja") or shutil.which("ninja", path=str(Path(sys.executable).parent))
+        jobs = int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1)
+        if ninja:
+            log = self._command([ninja, "-j", str(jobs)])
+        else:
+            with ThreadPoolExecutor(jobs) as pool:
+                log = "".join(pool.map(self._command, self.commands[:-1])) + self._command(self.commands[-1])
+        # Warnings (and ptxas' resource report) are kept where a person can read them.
+        (self.build_dir / "build.log").write_text(log)
+
+    def _command(self, command):
+        done = subprocess.run(command, cwd=self.build_dir, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
         if done.returncode:
             raise Unavailable(f"{self.name} failed to build:\n{done.stdout}")
-        # Warnings (and ptxas' resource report) are kept where a person can read them.
-        (self.build_dir / "build.log").write_text(done.stdout)
+        return done.stdout
 
 
 def torch_flags():
@@ -157,9 +166,17 @@ def plan_cpu(plan, out):
 def plan_cuda(plan, out):
     nvcc, cxx = nvcc_compiler(), cxx_compiler()
     archs = gencode_flags()
-    device = ["-O3", "-std=c++17", "-Xcompiler", "-fPIC", "-Xptxas", "-v", f"-I{ROOT / 'csrc'}", *archs]
-    include = Path(nvcc).resolve().parent.parent / "include"
-    host = [*OPTIMISE, "-std=c++17", "-fPIC", "-fvisibility=hidden", "-DUSE_CUDA", f"-I{include}", *torch_flags()]
+    device = [
+        "-O3",
+        "-std=c++17",
+        "-Xcompiler",
+        "-fPIC,-fvisibility=hidden",
+        "-Xptxas",
+        "-v",
+        f"-I{ROOT / 'csrc'}",
+        *archs,
+    ]
+    host = [*OPTIMISE, "-std=c++17", "-fPIC", "-fvisibility=hidden", "-DUSE_CUDA", *torch_flags()]
     for source in sorted((ROOT / "csrc/cuda").glob("*.cu")):
         plan.compile("nvcc", nvcc, source, device)
     for source in sorted((ROOT / "csrc/cuda").glob("*.cpp")):

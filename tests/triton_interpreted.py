@@ -1,0 +1,203 @@
+"""The Triton kernels on the CPU: tests that run where TRITON_INTERPRET=1 is set; test_triton_interpret.py starts them.
+
+The battery in full takes many minutes under the interpreter: `QUICK` runs in `make test`, the rest is marked slow.
+"""
+
+import importlib
+
+import pytest
+import torch
+
+import rlhf_kernels
+from rlhf_kernels import gae, masked_whiten, ppo_advantages, ppo_loss, testing, token_logprobs
+from rlhf_kernels.ops.token_logprobs import token_logprobs_backward_reference, token_logprobs_reference
+from rlhf_kernels.triton import KERNELS
+
+QUICK = {
+    "token_logprobs": (
+        "entropy",
+        "everything",
+        "no_tokens",
+        "vocab_1",
+        "vocab_7_int32_ids",
+        "minus_inf",
+        "offset_minus",
+    ),
+    "gae": ("packed_gaps", "left_padded", "all_masked", "no_steps", "bootstrap_gaps_zero", "bootstrap_packed_zero"),
+    "masked_whiten": ("gaps", "all_masked", "no_steps", "keep_mean", "unbiased", "offset"),
+    "ppo_advantages": ("packed", "no_sequences", "whiten_both", "whiten_none_clip", "per_token_packed"),
+    "ppo_loss": ("right_padded", "policy_alone", "dual_clip_weights", "seq_mean_denominator", "sum_gaps", "all_masked"),
+}
+QUICK_CHECKS = ("error_budget", "masked_nan", "poisoned_memory")
+
+
+def _battery():
+    for op, quick in QUICK.items():
+        for case in testing.cases(op):
+            for check in testing.checks_of(case):
+                marks = [] if case.name in quick and check in QUICK_CHECKS else [pytest.mark.slow]
+                yield pytest.param(case, check, id=f"{op}-{case.name}-{check}", marks=marks)
+
+
+@pytest.fixture(autouse=True)
+def triton_backend():
+    with rlhf_kernels.backend("triton"):
+        yield
+
+
+@pytest.mark.parametrize(("case", "check"), list(_battery()))
+def test_battery(case, check):
+    testing.CHECKS[check](case, "cpu")
+
+
+def _bounds(*bounds: int) -> torch.Tensor:
+    return torch.tensor(bounds, dtype=torch.int32)
+
+
+def _reference(function, *args, **options):
+    with rlhf_kernels.backend("reference"):
+        return function(*args, **options)
+
+
+@pytest.mark.parametrize("gap", ["skip", "zero"])
+@pytest.mark.parametrize("packed", [False, True])
+def test_gae_cut_into_blocks(monkeypatch, gap, packed):
+    """The strategy for few long sequences gives what the loop over a sequence gives."""
+    module = importlib.import_module("rlhf_kernels.triton.gae")
+    monkeypatch.setattr(module, "BLOCK", 128)
+    monkeypatch.setattr(module, "LONG", 1)
+    shape = (900,) if packed else (2, 450)
+    rewards, values, mask = torch.randn(shape), torch.randn(shape), torch.rand(shape) < 0.7
+    options = {"cu_seqlens": _bounds(0, 0, 700, 701, 900)} if packed else {}
+    options |= {"gamma": 0.99, "lam": 0.97, "gap": gap, "bootstrap_values": torch.randn(4 if packed else 2)}
+    ours, theirs = (run(gae, rewards, values, mask, **options) for run in (lambda f, *a, **o: f(*a, **o), _reference))
+    for a, b in zip(ours, theirs):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=2e-5)
+
+
+def test_gae_with_more_blocks_than_a_block_has_lanes(monkeypatch):
+    """The maps of the later blocks are themselves composed block by block."""
+    module = importlib.import_module("rlhf_kernels.triton.gae")
+    monkeypatch.setattr(module, "BLOCK", 16)
+    monkeypatch.setattr(module, "LONG", 1)
+    rewards, values = torch.randn(1, 18 * 16 + 5), torch.randn(1, 18 * 16 + 5)
+    ours = gae(rewards, values, gamma=1.0, lam=0.999)
+    for a, b in zip(ours, _reference(gae, rewards.double(), values.double(), gamma=1.0, lam=0.999)):
+        torch.testing.assert_close(a.double(), b, rtol=1e-5, atol=2e-5)
+
+
+def test_bounds_out_of_range_are_clamped(monkeypatch):
+    """On a GPU nobody looks at cu_seqlens: bounds beyond the tokens read no other memory."""
+    module = importlib.import_module("rlhf_kernels.triton.gae")
+    monkeypatch.setattr(module, "check_cu_seqlens", lambda *_: None)
+    around = torch.full((40,), float("nan"))
+    around[10:20] = torch.randn(10)
+    tokens = around[10:20]
+    wrong = KERNELS["gae"](tokens, tokens, None, _bounds(-5, 4, 40), None, 0.9, 0.9, False)
+    right = KERNELS["gae"](tokens, tokens, None, _bounds(0, 4, 10), None, 0.9, 0.9, False)
+    assert torch.equal(wrong[0], right[0]) and torch.equal(wrong[1], right[1])
+
+
+def _row_inputs(dtype, vocab):
+    generator = torch.Generator().manual_seed(vocab)
+    logits = (torch.randn(2, 3, vocab, generator=generator) * 3).to(dtype)
+    return logits, torch.randint(0, vocab, (2, 3), generator=generator)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("view", ["whole", "shifted", "transposed"])
+def test_rows_that_start_between_16_byte_boundaries(dtype, view):
+    """9001 columns: the first block of a row is cut at its head, the second is whole, the third cut at its tail."""
+    logits, ids = _row_inputs(dtype, 9001)
+    if view == "shifted":
+        logits, ids = logits[:, 1:], ids[:, 1:].contiguous()
+    if view == "transposed":
+        logits, ids = logits.transpose(0, 1), ids.T.contiguous()
+    ids[0, 1] = -100
+    options = (None, 0.8, None, -100)
+    ours = KERNELS["token_logprobs"](logits, ids, *options, True)
+    theirs = token_logprobs_reference(logits.double(), ids, *options, True)
+    torch.testing.assert_close(ours[0].double(), theirs[0], rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(ours[1].double(), theirs[1], rtol=1e-6, atol=1e-6)
+    upstream = torch.randn(ids.shape), torch.randn(ids.shape)
+    grad = KERNELS["token_logprobs_backward"](*upstream, logits, ids, None, *ours[1:], 0.8, None, -100)
+    double = [g.double() for g in upstream]
+    exact = token_logprobs_backward_reference(*double, logits.double(), ids, None, *theirs[1:], 0.8, None, -100)
+    assert grad.is_contiguous() and grad.dtype == dtype
+    # The interpreter may cut off what a float32 loses in bfloat16, where a device rounds: one unit in the last place.
+    tolerance = {"rtol": 2**-7, "atol": 1e-9} if dtype == torch.bfloat16 else {"rtol": 1e-5, "atol": 1e-7}
+    torch.testing.assert_close(grad.double(), exact, **tolerance)
+
+
+def test_a_wrong_id_gives_nan_and_reads_nothing_else():
+    logits, ids = _row_inputs(torch.float32, 33)
+    ids[0, 0], ids[1, 2], ids[1, 0] = 33, -1, 2**40
+    leaf = logits.requires_grad_()
+    logprobs, entropy = token_logprobs(leaf, ids, return_entropy=True)
+    (logprobs.sum() + entropy.sum()).backward()
+    bad = torch.tensor([[True, False, False], [True, False, True]])
+    assert torch.equal(logprobs.isnan(), bad) and not entropy.isnan().any()
+    assert torch.equal(leaf.grad.isnan().all(-1), bad) and torch.equal(leaf.grad.isnan().any(-1), bad)
+
+
+def test_leading_dimensions_beyond_two_strides_are_copied_once():
+    logits = torch.randn(2, 3, 4, 33).permute(2, 1, 0, 3)
+    ids = torch.randint(0, 33, (4, 3, 2))
+    torch.testing.assert_close(token_logprobs(logits, ids), _reference(token_logprobs, logits, ids))
+
+
+def test_logprobs_of_the_likeliest_token_are_never_positive():
+    """Rounding of the maximum under a temperature must not give a probability above 1."""
+    logits = torch.randn(40, 64) * 30 + 50
+    assert (token_logprobs(logits, logits.argmax(-1), temperature=0.7) <= 0).all()
+
+
+def test_softcap_keeps_the_digits_of_small_logits():
+    """tanh by exp alone loses the digits of logits far below the cap."""
+    logits = torch.randn(4, 200) * 1e-3
+    ids = torch.randint(0, 200, (4,))
+    ours = token_logprobs(logits, ids, softcap=30.0)
+    exact = token_logprobs_reference(logits.double(), ids, None, 1.0, 30.0, -100, False)[0]
+    torch.testing.assert_close(ours.double(), exact, rtol=2e-7, atol=0)
+
+
+def test_small_divergences_keep_their_digits():
+    """exp(-x) - 1 + x at x = 1e-4 is 5e-9: plain float32 has no digit of it."""
+    logprobs = torch.full((1, 4), -1.0)
+    ref = torch.tensor([[-1.0001, -0.9999, -1.01, -2.5]])
+    options = rlhf_kernels.AdvantageOptions(kl_estimator="k3", whiten_advantages=False)
+    kl = ppo_advantages(logprobs, ref, torch.zeros(1, 4), torch.zeros(1), options=options).kl
+    x = logprobs.double() - ref.double()
+    torch.testing.assert_close(kl.double(), torch.expm1(-x) + x, rtol=1e-6, atol=0)
+    stats = ppo_loss(ref, logprobs, torch.zeros(1, 4))[1].as_dict()
+    assert stats["approx_kl_k3"] == pytest.approx((torch.expm1(-x) + x).mean().item(), rel=1e-6)
+
+
+def test_counts_run_over_many_blocks():
+    """More tokens than one part of the count, the pass and the whitening takes: 3 parts, a partial last one."""
+    shape = (3, 900)
+    logprobs, old, advantages, mask = (
+        torch.randn(shape) * 0.1,
+        torch.randn(shape) * 0.1,
+        torch.randn(shape),
+        torch.rand(shape) < 0.5,
+    )
+    loss, stats = ppo_loss(logprobs, old, advantages, mask)
+    expected, expected_stats = _reference(ppo_loss, logprobs, old, advantages, mask)
+    torch.testing.assert_close(loss, expected, rtol=1e-5, atol=1e-7)
+    torch.testing.assert_close(stats.sums, expected_stats.sums, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(masked_whiten(logprobs, mask), _reference(masked_whiten, logprobs, mask))
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda x: x.double(), "values: expected contiguous torch.float32"),
+        (lambda x: x.T.contiguous().T, r"values: .* with strides \(1, 3\)"),
+        (lambda x: x[:, :4], r"values: expected contiguous torch.float32 \(3, 5\) on cpu, got torch.float32 \(3, 4\)"),
+    ],
+)
+def test_direct_calls_with_tensors_a_pointer_would_misread(change, words):
+    rewards = torch.randn(3, 5)
+    with pytest.raises(ValueError, match=words):
+        torch.ops.rlhf_kernels.gae(rewards, change(rewards), None, None, None, 0.9, 0.9, False)
