@@ -109,6 +109,8 @@ class Plan:
         self._build(out, rule, [source], compiler, flags)
 
     def link(self, compiler, out, flags):
+        if not self.objects:
+            raise Unavailable("the source tree has no files for it under csrc/")
         self._build(out, "link", self.objects, compiler, flags)
 
     def _build(self, out, rule, inputs, compiler, flags):

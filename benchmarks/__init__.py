@@ -4,8 +4,8 @@ Every case runs its providers side by side: `ours`, `eager` (plain torch as peer
 of the eager code, gradients through AOTAutograd), ours on the other backends that this machine has (`reference` is
 the plain torch that specifies the op) and what is particular to an op. Rounds are interleaved (A, B, C, A, B, C, ...)
 with a large copy in each, so that drift of the machine reaches all alike and the copy bandwidth is that of the same
-seconds. Outputs are freed before the next call: every provider pays for its own fresh memory. On CUDA each call has
-its own events and finds a cold L2.
+seconds. Outputs are freed before the next call, and a sample starts with an untimed call, so that no provider pays for
+the state in which another left the memory. On CUDA each call has its own events and finds a cold L2.
 
 The JSON file:
 
@@ -18,7 +18,8 @@ The JSON file:
                       pass must read in its own time
       copy_gb_per_s   bytes read + written per second by copy_ of 256 MiB, median over the rounds of this case
       truth_rows      how many leading rows the error is measured on, null for all
-      load_average    of the machine over the last minute, ours among it: far above the threads, the times are not to be trusted
+      load_average    of the machine in the minute before the case ended: far above `threads`, other programs ran
+                      and the times are not to be trusted
       failed          {provider: why} of the rivals that could not run here
       speedup         {provider: its median_s / median_s of ours}
       providers       {name: measurement}:

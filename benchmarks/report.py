@@ -78,9 +78,10 @@ def _error(errors: dict[str, float]) -> str:
 
 def table(result: Result) -> str:
     """One case, a line a provider; "ours is 2x" on a provider's line says that its median is twice ours."""
-    moved = f"{result.bytes_moved / 1e6:.1f} MB to move, copy {result.copy_gb_per_s:.1f} GB/s, load {result.load_average:.1f}"
+    moved = f"{result.bytes_moved / 1e6:.1f} MB to move, copy {result.copy_gb_per_s:.1f} GB/s"
+    case = f"{result.op} {result.mode} {list(result.shape)} {result.dtype}"
     lines = [
-        f"{result.op} {result.mode} {list(result.shape)} {result.dtype}, ours on {result.backend}; {moved}",
+        f"{case}, ours on {result.backend}; {moved}, load {result.load_average:.1f}",
         "             median ms   iqr ms  rounds    GB/s  of copy   peak MB   ours is  max |error|",
     ]
     for name, m in result.providers.items():

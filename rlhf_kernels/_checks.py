@@ -92,7 +92,7 @@ def number(
         or value != value
         or value in (float("inf"), -float("inf"))
     ):
-        raise ValueError(f"{name}: expected a finite number, got {value!r}")
+        raise ValueError(f"{name}: expected a finite int or float, got {value!r}")
     if above is not None and value <= above:
         raise ValueError(f"{name}: expected a number above {above}, got {value}")
     if (low is not None and value < low) or (high is not None and value > high):

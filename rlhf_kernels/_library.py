@@ -99,6 +99,12 @@ def call(op: torch._ops.OpOverload, *args):
         raise ValueError(text.strip().partition("\n")[0]) from None
 
 
+def once_differentiable(op: str) -> None:
+    """For the top of a backward: the gradient is formed by a kernel, so under create_graph it would be a silent constant."""
+    if torch.is_grad_enabled():
+        raise RuntimeError(f"{op} is differentiable once: create_graph=True would treat its gradient as a constant")
+
+
 def invalid(text: str) -> RuntimeError:
     """What a reference kernel raises over the caller's data, as the C++ kernels do; `call` turns it into ValueError."""
     return RuntimeError(_INVALID + text)
@@ -134,9 +140,11 @@ def _load(backend: str, library: str) -> None:
     for name in OPS:
         if torch._C._dispatch_has_kernel_for_dispatch_key(f"{NAMESPACE}::{name}", _DEVICE_KEYS[device]):
             _served[name, device] = backend
+    if backend not in _served.values():
+        _failures[backend] = f"{path.name} loads but holds no kernel: build it again"
 
 
-def _triton_kernels() -> dict[str, Callable]:
+def triton_kernels() -> dict[str, Callable]:
     """Launchers by op name; each takes the arguments of its op's schema."""
     return importlib.import_module(f"{NAMESPACE}.triton").KERNELS
 
@@ -158,15 +166,25 @@ def load_kernels() -> None:
     if importlib.util.find_spec("triton") is None:
         _failures["triton"] = "triton is not installed: pip install triton"
     elif gpu:
-        for name, kernel in _triton_kernels().items():
-            if (name, "cuda") not in _served:
-                _library.impl(name, kernel, "CUDA")
-                _served[name, "cuda"] = "triton"
+        _register_triton()
     elif os.environ.get("TRITON_INTERPRET") != "1":
         _failures["triton"] = "torch sees no GPU (TRITON_INTERPRET=1 runs the kernels on the CPU, slowly)"
     requested = os.environ.get("RLHF_KERNELS_BACKEND")
     if requested:
         _select(requested)
+
+
+def _register_triton() -> None:
+    """Serves with Triton what no CUDA C++ kernel serves; another release of Triton may refuse our kernels at import."""
+    try:
+        kernels = triton_kernels()
+    except Exception as error:
+        _failures["triton"] = f"the kernels cannot be imported: {_reason(error)}"
+        return
+    for name, kernel in kernels.items():
+        if (name, "cuda") not in _served:
+            _library.impl(name, kernel, "CUDA")
+            _served[name, "cuda"] = "triton"
 
 
 def _registrations(name: str) -> Iterator[tuple[str, str, Callable]]:
@@ -175,7 +193,7 @@ def _registrations(name: str) -> Iterator[tuple[str, str, Callable]]:
         yield from ((op, device, OPS[op].reference) for op, device in _served)
     elif name == "triton":
         device = "cuda" if torch.cuda.is_available() else "cpu"
-        yield from ((op, device, kernel) for op, kernel in _triton_kernels().items())
+        yield from ((op, device, kernel) for op, kernel in triton_kernels().items())
 
 
 def _select(name: str | None) -> None:
@@ -185,6 +203,7 @@ def _select(name: str | None) -> None:
         raise ValueError(f"backend: expected one of {', '.join(BACKENDS)}, got {name!r}")
     if name in _failures:
         raise RuntimeError(f"backend {name!r} was asked for and cannot load: {_failures[name]}")
+    registrations = [] if name is None else list(_registrations(name))
     if _override is not None:
         _override._destroy()
     _override, _active = None, name
@@ -192,7 +211,7 @@ def _select(name: str | None) -> None:
         _override = torch.library.Library(NAMESPACE, "IMPL")
         with warnings.catch_warnings():  # overriding is what was asked for
             warnings.filterwarnings("ignore", message="(?s).*[Oo]verrid")
-            for op, device, kernel in _registrations(name):
+            for op, device, kernel in registrations:
                 _override.impl(op, kernel, _DEVICE_KEYS[device])
 
 

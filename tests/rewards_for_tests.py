@@ -17,6 +17,10 @@ def add_label(prompts: list[str], completions: list[str], label: list[int]) -> l
     return [10.0 * value for value in label]
 
 
+def ten(prompts, completions, **columns):
+    return [10.0] * len(completions)
+
+
 def too_few(prompts, completions, **columns):
     return [0.0]
 

@@ -81,6 +81,8 @@ def test_a_wrong_option_is_one_line_that_helps(capsys, arguments, line):
         ("- seed\n", "config.yaml: expected lines of `field: value`"),
         ("", "config.yaml: expected lines of `field: value`"),
         ("seed: [1\n", "config.yaml: not YAML"),
+        ("? [seed]\n: 1\n", "config.yaml:1: expected the name of a field before the colon"),
+        ("learning_rate: null\n", "learning_rate: expected float, got None"),
         ("seed: many\n", "seed: expected int, got many"),
         ("reward: a:b\n", "config.yaml:1: reward: expected a list, such as [a:b]"),
     ],
@@ -111,7 +113,15 @@ def test_data_and_model_errors_are_one_line(capsys, tiny_model, tmp_path):
     assert "absent.jsonl: no such file" in fails(capsys, "sft", *common, tiny_model, "--dataset_name", "absent.jsonl")
     assert "not a model directory" in fails(capsys, "sft", *common, str(tmp_path), *rows)
     ppo = ["--output_dir", str(tmp_path / "out"), "--model_name_or_path", tiny_model, *rows]
-    assert "reward nowhere:f: No module named 'nowhere'" in fails(capsys, "ppo", *ppo, "--reward", "nowhere:f")
+    told = fails(capsys, "ppo", *ppo, "--reward", "nowhere:f")
+    assert "reward nowhere:f: ModuleNotFoundError: No module named 'nowhere'" in told
+
+
+def test_a_directory_that_cannot_be_made_is_one_line(capsys, tmp_path, corpus, tiny_model):
+    (tmp_path / "file").touch()
+    model = ["--model_name_or_path", tiny_model, "--dataset_name", corpus, "--max_length", "16"]
+    told = fails(capsys, "sft", *model, "--output_dir", str(tmp_path / "file" / "run"))
+    assert "output_dir: cannot be made" in told
 
 
 def test_print_config_gives_every_field(capsys):

@@ -25,8 +25,20 @@ TRAIN = {"model_name_or_path": "m", "dataset_name": "d", "output_dir": "o"}
         (SFTConfig, TRAIN, "per_device_train_batch_size", 0),
         (SFTConfig, TRAIN, "max_steps", 0),
         (SFTConfig, TRAIN, "output_dir", ""),
+        (SFTConfig, TRAIN, "output_dir", __file__),
+        (SFTConfig, TRAIN, "seed", 2**63),
+        (SFTConfig, TRAIN, "num_train_epochs", float("inf")),
+        (SFTConfig, TRAIN, "learning_rate", None),
+        (SFTConfig, TRAIN, "max_steps", None),
+        (SFTConfig, TRAIN, "gradient_accumulation_steps", None),
+        (SFTConfig, TRAIN, "device", None),
         (RewardConfig, TRAIN, "eval_fraction", 1.0),
         (PPOConfig, PPO, "temperature", 0.0),
+        (PPOConfig, PPO, "temperature", float("inf")),
+        (PPOConfig, PPO, "kl_coef", float("inf")),
+        (PPOConfig, PPO, "score_clip", float("inf")),
+        (PPOConfig, PPO, "cliprange_value", 0.0),
+        (PPOConfig, PPO | {"kl_target": 6.0, "num_mini_batches": 10}, "kl_horizon", 16),
         (PPOConfig, PPO, "gamma", 1.5),
         (PPOConfig, PPO, "dual_clip", 1.0),
         (PPOConfig, PPO, "reward", ["no_colon"]),
@@ -45,6 +57,12 @@ def test_nonsense_is_refused_with_field_and_value(cls, base, field, value):
 def test_ppo_needs_a_reward():
     with pytest.raises(ConfigError, match="reward_model_path: expected a reward model, or --reward"):
         PPOConfig(**PPO | {"reward": []})
+
+
+def test_null_switches_off_what_is_optional():
+    options = ("missing_eos_penalty", "cliprange_value", "cliprange_high", "dual_clip", "kl_target", "score_clip")
+    config = PPOConfig(**PPO, **dict.fromkeys(options), kl_horizon=1)
+    assert config.cliprange_value is None
 
 
 def test_batch_size_is_the_product():

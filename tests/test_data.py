@@ -34,13 +34,17 @@ def tokenizer(tiny_model):
         (b'{"prompt": [1], "completion": [2]}\n', "prompt: expected messages with role and content"),
         (b'{"prompt": "\xff", "completion": "a"}\n', "not UTF-8"),
         (b'{"messages": [{"role": "user", "content": "a"}]}\n', "the tokenizer has none"),
+        (b'{"messages": []}\n', "messages: expected messages, got an empty list"),
+        (b'{"prompt": "a", "completion": "new"}\n', "the model's embedding of 18 tokens has none for 'new' (18)"),
     ],
 )
 def test_a_bad_row_is_named_by_file_and_line(tmp_path, tokenizer, line, problem):
     path = tmp_path / "rows.jsonl"
     path.write_bytes(b'{"prompt": "the", "completion": "film"}\n\n' + line)
+    vocab_size = len(tokenizer)
+    tokenizer.add_tokens(["new"])
     with pytest.raises(DataError) as error:
-        load(str(path), "train", tokenizer, ("completion",), 16, (2,))
+        load(str(path), "train", tokenizer, ("completion",), 16, (2,), vocab_size)
     assert str(error.value).startswith(f"{path}:3: ") and problem in str(error.value)
 
 
@@ -53,6 +57,12 @@ def test_files_that_cannot_be_read(tmp_path, tokenizer):
     (tmp_path / "cut.jsonl.gz").write_bytes(gzip.compress(b'{"prompt": "a"}\n' * 1000)[:-20])
     with pytest.raises(DataError, match=r"cut.jsonl.gz:\d+: cannot be read"):
         list(read_rows(str(tmp_path / "cut.jsonl.gz")))
+    damaged = bytearray(gzip.compress(b'{"prompt": "a"}\n' * 1000))
+    damaged[10] ^= 0xFF  # the first byte of the deflated stream
+    for name in ("bad.jsonl.gz", "bad.txt.gz"):
+        (tmp_path / name).write_bytes(damaged)
+        with pytest.raises(DataError, match=f"{name}.*: cannot be read"):
+            list(read_rows(str(tmp_path / name)))
     with pytest.raises(DataError, match=r"empty\.jsonl: no usable row"):
         load(write_jsonl(tmp_path / "empty.jsonl", []), "train", tokenizer, (), 16, (2,))
 
@@ -96,6 +106,21 @@ def test_messages_are_rendered_and_end_once(tokenizer):
     assert parse("f:1", pair, ("chosen", "rejected"), tokenizer).prompt == example.prompt
 
 
+def test_a_prompt_alone_keeps_its_last_turn_unless_that_is_the_answer(tokenizer):
+    tokenizer.chat_template = TEMPLATE
+    system, user, assistant = ({"role": r, "content": r} for r in ("system", "user", "assistant"))
+    for turns in ([user], [system, user], [user, assistant, user]):
+        expected = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+        assert parse("f:1", {"messages": turns}, (), tokenizer).prompt == expected
+        assert parse("f:1", {"messages": [*turns, assistant]}, (), tokenizer).prompt == expected
+
+
+def test_a_text_is_no_prompt(tmp_path, tokenizer):
+    (tmp_path / "corpus.txt").write_text("the film was good")
+    with pytest.raises(DataError, match=r"corpus\.txt: a text has no prompt to continue: give rows of `prompt`"):
+        load(str(tmp_path / "corpus.txt"), "train", tokenizer, (), 16, (2,))
+
+
 def test_tokens_and_text_of_a_row(tokenizer):
     eos = tokenizer.eos_token_id
     row = {"prompt": "the film", "completion": " was good", "label": 7}
@@ -108,6 +133,17 @@ def test_tokens_and_text_of_a_row(tokenizer):
 def test_an_empty_prompt_starts_with_bos(tokenizer):
     data = tokenize([("f:1", {"text": "the film"})], tokenizer, ("completion",), 16, (tokenizer.eos_token_id,))
     assert data.examples[0].prompt == [tokenizer.bos_token_id]
+
+
+def test_a_beginning_that_equals_the_end_stands_once(tokenizer):
+    """As OPT's tokenizer does: </s> before every text, and as EOS."""
+    from tokenizers.processors import TemplateProcessing
+
+    eos = tokenizer.eos_token_id
+    begin = TemplateProcessing(single="<|eos|> $A", special_tokens=[("<|eos|>", eos)])
+    tokenizer.backend_tokenizer.post_processor = begin
+    example = tokenize([("f:1", {"text": "the film"})], tokenizer, ("completion",), 16, (eos,)).examples[0]
+    assert (example.prompt, example.completions) == ([eos], [[*tokenizer.convert_tokens_to_ids(["the", "film"]), eos]])
 
 
 def test_a_long_prompt_loses_its_head_and_a_completion_its_tail():
@@ -152,6 +188,14 @@ def test_a_plan_is_exactly_its_epochs():
     assert plan(10, 4, 1.0, -1) == [(0, 4), (4, 8), (8, 10)]
     assert plan(10, 4, 0.5, -1) == [(0, 4), (4, 5)]
     assert plan(10, 4, 1.0, 5) == [(0, 4), (4, 8), (8, 12), (12, 16), (16, 20)]
+
+
+def test_the_fingerprint_covers_text_and_columns():
+    def digest(text: str, label: object) -> str:
+        return Dataset([TokenExample([1], [[2]], text, {"label": label})], {}).fingerprint()
+
+    assert len({digest("a", 1), digest("a", 2), digest("b", 1)}) == 3
+    assert digest("a", object()) == digest("a", object())
 
 
 def test_held_out_examples_are_apart():

@@ -130,7 +130,7 @@ def test_small_demo_writes_everything_and_says_what_it_missed(tmp_path, monkeypa
     stages = summary["stages"]
     assert [stage["name"] for stage in stages] == ["SFT", "reward model", "PPO (proxy)", "PPO (gold)"]
     assert stages[0]["kl"] == 0.0
-    assert [point["step"] for point in stages[3]["curve"]] == [0, 2]
+    assert [point["step"] for point in stages[3]["curve"]] == [0, 1, 2]
     assert stages[3]["curve"][0]["gold"] == stages[0]["gold"] == pytest.approx(summary["optimum"]["baseline"])
     assert (tmp_path / "curve.png").read_bytes().startswith(b"\x89PNG")
     table = capsys.readouterr().out

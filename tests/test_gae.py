@@ -98,7 +98,7 @@ def test_bad_bounds(backend):
         ({"cu_seqlens": torch.tensor([0, 3], dtype=torch.int32)}, ValueError, r"rewards: expected packed \(N,\)"),
         ({"bootstrap_values": torch.zeros(3)}, ValueError, r"bootstrap_values: expected the shape \(2,\)"),
         ({"gamma": 1.5}, ValueError, r"gamma: expected a number in \[0, 1\], got 1.5"),
-        ({"lam": float("inf")}, ValueError, "lam: expected a finite number"),
+        ({"lam": float("inf")}, ValueError, "lam: expected a finite int or float"),
         ({"gap": "drop"}, ValueError, "gap: expected one of skip, zero, got 'drop'"),
     ],
 )

@@ -89,16 +89,17 @@ def test_cpu_isa_is_chosen_in_the_open():
     assert "baseline" in python(code, RLHF_KERNELS_CPU_ISA="sse9").stderr
 
 
-def test_baseline_instruction_set_passes_the_battery():
-    """One wheel must run on a machine without AVX2: the portable kernels are tested too."""
+def test_every_instruction_set_passes_the_battery():
+    """One wheel must run on a machine without AVX2: what the processor does not choose is tested too."""
     if "cpu" in rlhf_kernels.backends().unavailable:
         pytest.skip("the C++ kernels were not built")
     checks = ("error_budget", "masked_nan", "poisoned_memory")
     code = f"from rlhf_kernels import testing; print([testing.run_battery(op, 'cpu', checks={checks}) for op in {OPS}])"
-    for isa in ("baseline", "avx2"):
+    from rlhf_kernels import _host
+
+    for isa in filter(_host.cpu_supports, ("baseline", "avx2", "avx512")):
         done = python(code, RLHF_KERNELS_CPU_ISA=isa)
-        unsupported = isa != "baseline" and "support" in done.stderr
-        assert unsupported or done.returncode == 0, done.stderr[-2000:]
+        assert done.returncode == 0, done.stderr[-2000:]
 
 
 def test_works_without_triton_and_transformers():
@@ -131,14 +132,35 @@ def test_direct_calls_of_the_ops():
     assert not advantages.requires_grad
 
 
+def test_a_second_derivative_is_refused():
+    """A kernel's gradient has no graph: under create_graph it would be a constant, and a gradient penalty silently 0."""
+    logits = torch.randn(2, 5, requires_grad=True)
+    loss, _ = rlhf_kernels.ppo_loss(logits, logits.detach(), logits.detach())
+    for output in (rlhf_kernels.token_logprobs(logits, torch.tensor([0, 1])).sum(), loss):
+        with pytest.raises(RuntimeError, match="is differentiable once"):
+            torch.autograd.grad(output, logits, create_graph=True)
+
+
 def test_run_battery_by_name():
     assert testing.run_battery("token_kl", checks=("error_budget",)) == len(testing.cases("token_kl"))
     with pytest.raises(ValueError, match="op: expected one of token_logprobs"):
         testing.run_battery("gea")
+    with pytest.raises(ValueError, match="checks: expected names of error_budget, .* got eror_budget"):
+        testing.run_battery("gae", checks=("eror_budget",))
+
+
+def test_battery_catches_a_launcher_that_syncs(monkeypatch):
+    def syncing(x, *options):
+        return _library.OPS["masked_whiten"].reference(x, *options) * float(x.sum() != 0)
+
+    monkeypatch.setattr(_library, "triton_kernels", lambda: {"masked_whiten": syncing})
+    monkeypatch.delitem(_library._failures, "triton", raising=False)
+    with rlhf_kernels.backend("triton"), pytest.raises(AssertionError, match="host syncs .*aten.item"):
+        testing.CHECKS["no_sync"](testing.cases("masked_whiten")[0], "cpu")
 
 
 def test_battery_catches_a_wrong_kernel():
-    """The battery itself can fail: a kernel that is off by 1e-4, one that writes nothing, one that syncs."""
+    """The battery itself can fail: a kernel that is off by 1e-4, one that writes nothing, one that leaks under the mask."""
     op = _library.OPS["masked_whiten"]
     case = testing.cases("masked_whiten")[0]
 

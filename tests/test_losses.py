@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import math
+import shutil
 from dataclasses import replace
 
 import pytest
@@ -12,6 +14,7 @@ from torch import nn
 from rlhf.advantages import Models, score, with_advantages
 from rlhf.config import PPOConfig, SFTConfig, TrainingDiverged
 from rlhf.losses import completion_loss, preference_loss
+from rlhf.model import ModelError
 from rlhf.optim import StepGuard, make_optimizer, schedule
 from rlhf.ppo import load_models, minibatches, update
 from rlhf.rollout import Sampling, generate
@@ -82,6 +85,28 @@ def test_accumulated_gradients_equal_those_of_one_batch(tiny_model, micro):
     assert len(gradients[0]) == len(gradients[1]) > 20
     for whole, accumulated in zip(*gradients):
         torch.testing.assert_close(accumulated, whole, rtol=1e-4, atol=1e-6)
+
+
+def test_scores_are_clipped_once_and_before_the_penalty(tiny_model):
+    """The penalty reaches the rewards whole, and the scores that are reported are those that train."""
+    config = ppo_config(tiny_model, reward=["rewards_for_tests:ten"], score_clip=0.5, kl_coef=0.0, gamma=1.0, lam=1.0)
+    models = load_models(config)
+    models = replace(models, policy=replace(models.policy, eos_ids=()))  # no response ends
+    experience = experience_of(models, replace(config, whiten_advantages=False))
+    assert experience.scores.tolist() == [-0.5] * 8
+    torch.testing.assert_close(experience.returns, torch.full((8, 6), -0.5))
+
+
+def test_every_model_that_reads_the_policys_tokens_must_have_the_positions(tiny_model, tiny_reward_model, tmp_path):
+    short = shutil.copytree(tiny_reward_model, tmp_path / "short")
+    settings = json.loads((short / "config.json").read_text()) | {"max_position_embeddings": 12}
+    (short / "config.json").write_text(json.dumps(settings))
+    value = load_models(ppo_config(tiny_model, value_model_path=str(short)))
+    reward = load_models(ppo_config(tiny_model, value_model_path=tiny_model, reward_model_path=str(short)))
+    for models in (value, reward):
+        models.check_context(12, "length")
+        with pytest.raises(ModelError, match=r"length: 13 tokens are more than the 12 positions of .*short"):
+            models.check_context(13, "length")
 
 
 def test_the_first_epoch_goes_in_order_and_later_ones_shuffle(tiny_model):

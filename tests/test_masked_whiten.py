@@ -57,5 +57,5 @@ def test_bad_input():
         masked_whiten(torch.zeros(3, dtype=torch.int64))
     with pytest.raises(ValueError, match="mask: expected the shape"):
         masked_whiten(torch.zeros(3), torch.ones(2, dtype=torch.bool))
-    with pytest.raises(ValueError, match="eps: expected a number >= 0"):
+    with pytest.raises(ValueError, match="eps: expected a number above 0"):
         masked_whiten(torch.zeros(3), eps=-1)

@@ -110,12 +110,6 @@ def test_every_eos_id_counts_and_a_missing_pad_token_does_no_harm(edited):
     assert load_language_model(str(path), RUN).pad_id == 2
 
 
-def test_dropout_is_off(edited):
-    model = load_language_model(edited(config={"attention_dropout": 0.9}), RUN)
-    batch = pad_sequences(PROMPTS, RESPONSES, model.pad_id)
-    assert torch.equal(response_logprobs(model, batch)[0], response_logprobs(model, batch)[0])
-
-
 def test_a_saved_model_reloads_in_transformers_with_the_same_logits(model, tmp_path):
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -123,8 +117,27 @@ def test_a_saved_model_reloads_in_transformers_with_the_same_logits(model, tmp_p
     other = AutoModelForCausalLM.from_pretrained(tmp_path / "final")
     ids = torch.tensor([[4, 5, 6, 7]])
     assert torch.equal(other(ids).logits, model.module(ids).logits)
-    assert other.generation_config.eos_token_id == [2]
+    assert other.generation_config.eos_token_id == [2] and other.generation_config.bos_token_id == 1
     assert AutoTokenizer.from_pretrained(tmp_path / "final").get_vocab() == model.tokenizer.get_vocab()
+
+
+def test_sampling_options_of_the_base_model_do_not_stand_in_the_way_of_saving(edited, tmp_path):
+    model = load_language_model(edited(generation_config={"temperature": 0.6, "top_p": 0.9}), RUN)
+    save(model, tmp_path / "final")
+    saved = json.loads((tmp_path / "final" / "generation_config.json").read_text())
+    assert {"temperature", "top_p"}.isdisjoint(saved) and saved["pad_token_id"] == model.pad_id
+
+
+def test_a_saved_reward_model_without_pad_token_scores_batches_in_transformers(tiny_reward_model, tmp_path):
+    from transformers import AutoModelForSequenceClassification
+
+    folder = shutil.copytree(tiny_reward_model, tmp_path / "unpadded")
+    settings = json.loads((folder / "tokenizer_config.json").read_text())
+    del settings["pad_token"]
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    save(load_scorer(str(folder), RUN), tmp_path / "final")
+    other = AutoModelForSequenceClassification.from_pretrained(tmp_path / "final")
+    assert other(torch.tensor([[4, 5, 6], [5, 6, 7]])).logits.shape == (2, 1)
 
 
 def test_scores_are_taken_at_the_last_token_by_length(tiny_reward_model):
@@ -183,6 +196,21 @@ def test_what_is_no_model_is_refused_in_one_line(tmp_path, edited):
     (broken / "model.safetensors").write_bytes(b"\x08" + bytes(20))
     with pytest.raises(ModelError, match="cannot be loaded"):
         load_language_model(str(broken), RUN)
+
+
+def test_weights_that_are_not_there_are_not_made_up(tiny_reward_model, tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    folder = shutil.copytree(tiny_reward_model, tmp_path / "incomplete")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"tie_word_embeddings": False}))
+    with pytest.raises(ModelError, match=r"has no weights for lm_head\.weight: is it a model of another kind\?"):
+        load_language_model(str(folder), RUN)
+    weights = load_file(folder / "model.safetensors")
+    del weights["model.norm.weight"]
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ModelError, match=r"has no weights for model\.norm\.weight"):
+        load_scorer(str(folder), RUN)
 
 
 def test_a_classifier_of_several_labels_is_no_reward_model(tiny_reward_model, tmp_path):

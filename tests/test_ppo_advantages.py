@@ -56,6 +56,16 @@ def test_kl_coefficient_may_stay_on_the_device(backend):
         assert torch.equal(a, b)
 
 
+def test_no_penalty_is_no_penalty(backend):
+    """With kl_coef 0 an infinite estimate stays a statistic."""
+    logprobs, ref, values = _batch()
+    ref[0, 0] = 200.0
+    for coef in (0.0, torch.tensor(0.0)):
+        options = AdvantageOptions(kl_coef=coef, kl_estimator="k3", whiten_advantages=False)
+        out = ppo_advantages(logprobs, ref, values, torch.ones(3), options=options)
+        assert out.rewards.tolist() == [[0.0] * 5 + [1.0]] * 3 and out.kl[0, 0] == float("inf")
+
+
 def test_scores_shift_leaves_reward_whitened_mean(backend):
     """Reward whitening keeps the mean of the rewards, advantage whitening removes that of the advantages."""
     logprobs, ref, values = _batch((8, 16))

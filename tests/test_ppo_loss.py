@@ -117,6 +117,44 @@ def test_all_masked(backend):
     assert all(value == 0 for value in stats.as_dict().values())
 
 
+def test_a_term_without_weight_cannot_poison(backend):
+    """prime-rl#2085: k3 is inf for a token that the reference finds impossible; as a statistic it must not reach the loss."""
+    logprobs, old, advantages = _inputs()
+    ref, entropy = old.clone(), torch.ones(7, 5)
+    ref[0, 0], entropy[1, 1] = 200.0, float("nan")
+    options = PPOLossOptions(value_coef=0.0)
+    leaf, values = logprobs.clone().requires_grad_(), torch.zeros(7, 5, requires_grad=True)
+    terms = {"values": values, "old_values": old, "returns": torch.full((7, 5), float("inf"))}
+    loss, stats = ppo_loss(leaf, old, advantages, ref_logprobs=ref, entropy=entropy, options=options, **terms)
+    loss.backward()
+    plain = logprobs.clone().requires_grad_()
+    expected, _ = ppo_loss(plain, old, advantages)
+    expected.backward()
+    assert torch.equal(loss, expected) and torch.equal(leaf.grad, plain.grad) and not values.grad.any()
+    assert stats.kl == math.inf and stats.entropy.isnan()
+
+
+def test_nan_in_a_counted_token_shows(backend):
+    """A clip or a minimum must not swallow it."""
+    for name in (
+        "logprobs",
+        "old_logprobs",
+        "advantages",
+        "values",
+        "old_values",
+        "returns",
+        "entropy",
+        "ref_logprobs",
+    ):
+        tensors = {n: torch.randn(3, 5) * 0.1 for n in ("logprobs", "old_logprobs", "advantages", "values")}
+        tensors |= {n: torch.randn(3, 5) * 0.1 for n in ("old_values", "returns", "entropy", "ref_logprobs")}
+        tensors[name][1, 2] = float("nan")
+        options = PPOLossOptions(kl_coef=0.1, entropy_coef=0.1, log_ratio_clamp=5.0, kl_clamp=5.0, dual_clip=3.0)
+        assert ppo_loss(**tensors, options=options)[0].isnan(), name
+    inputs = _inputs()
+    assert ppo_loss(*inputs, denominator=torch.tensor(float("nan")))[0].isnan()
+
+
 def test_first_step_statistics(backend):
     """Before the first update the ratio is exactly 1 and every divergence exactly 0."""
     logprobs, _, advantages = _inputs()

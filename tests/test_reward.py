@@ -58,10 +58,26 @@ def test_a_bad_reward_function_is_named(rollout, name, problem):
     assert str(error.value).startswith(f"reward rewards_for_tests:{name}: ") and problem in str(error.value)
 
 
-@pytest.mark.parametrize("name", ["no_module:f", "rewards_for_tests:absent", "rewards_for_tests:NOT_A_FUNCTION"])
+def test_the_clip_is_on_the_rewards_and_leaves_the_penalty(rollout):
+    rewards = [function_reward("rewards_for_tests:add_label")] * 2
+    assert score_rollout(rewards, rollout, None)[0].tolist() == [20.0, 40.0]  # a reward named twice counts twice
+    assert score_rollout(rewards, rollout, 0.5, score_clip=3.0)[0].tolist() == [3.0, 2.5]
+
+
+@pytest.mark.parametrize(
+    "name", ["no_module:f", ".x:f", "rewards_for_tests:absent", "rewards_for_tests:NOT_A_FUNCTION"]
+)
 def test_a_reward_function_that_is_not_there(name):
     with pytest.raises(RewardError, match=f"reward {name}: "):
         function_reward(name)
+
+
+@pytest.mark.parametrize(("code", "problem"), [("def f(:", "SyntaxError"), ("absent", "NameError: name 'absent'")])
+def test_a_reward_module_that_fails_is_named(tmp_path, monkeypatch, code, problem):
+    (tmp_path / "broken_rewards.py").write_text(code)
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(RewardError, match=f"reward broken_rewards:f: {problem}"):
+        function_reward("broken_rewards:f")
 
 
 def test_reward_functions_are_found_in_the_current_directory(tmp_path, monkeypatch, rollout):

@@ -53,7 +53,7 @@ def test_transformers_loads_it_with_the_same_score(trained):
     scorer = load_scorer(str(result.final_dir), config)
     assert other.config.num_labels == 1
     data = load(config.dataset_name, "train", scorer.tokenizer, ("chosen", "rejected"), 32, scorer.eos_ids)
-    batch = collate(data.examples[:1], scorer).sequences
+    batch = collate(data.examples[:1], scorer)
     with torch.no_grad():
         raw = other(batch.ids[:1, : int(batch.lengths[0])]).logits[0, 0]
         ours = sequence_scores(scorer, batch)[0]
@@ -70,7 +70,7 @@ def test_training_goes_on_from_a_reward_model(trained, tmp_path):
 def test_pairs_stand_in_one_batch_chosen_first(tiny_model, pairs):
     scorer = load_scorer(tiny_model, config_for(tiny_model, pairs, "o"), head="zero")
     data = load(pairs, "train", scorer.tokenizer, ("chosen", "rejected"), 32, scorer.eos_ids)
-    batch = collate(data.examples[:3], scorer).sequences
+    batch = collate(data.examples[:3], scorer)
     texts = [scorer.tokenizer.decode(row[: n - 1]) for row, n in zip(batch.ids.tolist(), batch.lengths.tolist())]
     assert all(text.endswith("great") for text in texts[:3])
     assert all(text.endswith(("dull", "bad")) for text in texts[3:])

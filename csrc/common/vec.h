@@ -4,9 +4,7 @@
 #pragma once
 
 #include <cstdint>
-#ifdef __SSE2__
-#include <immintrin.h>
-#endif
+#include <utility>
 
 #define RLHF_INLINE [[gnu::always_inline]] inline
 
@@ -92,6 +90,24 @@ RLHF_INLINE double sum(Vec<T> x) {
   for (int i = 0; i < kLanes<T>; ++i) total += x[i];
   return total;
 }
+template <int kFirst, int... kLane>
+RLHF_INLINE Vec<double> widened(Vec<float> x, std::integer_sequence<int, kLane...>) {
+  return __builtin_convertvector(__builtin_shufflevector(x, x, (kFirst + kLane)...), Vec<double>);
+}
+
+// A sum over vectors, kept in double.
+struct DoubleSum {
+  Vec<double> lanes{};
+
+  RLHF_INLINE void operator+=(Vec<float> x) {
+    constexpr int kHalf = kLanes<double>;
+    constexpr std::make_integer_sequence<int, kHalf> half{};
+    lanes += widened<0>(x, half) + widened<kHalf>(x, half);
+  }
+  RLHF_INLINE void operator+=(Vec<double> x) { lanes += x; }
+  RLHF_INLINE double total() const { return sum<double>(lanes); }
+};
+
 template <class T>
 RLHF_INLINE T largest(Vec<T> x) {
   T result = x[0];
@@ -196,29 +212,6 @@ RLHF_INLINE void store_wide(T* p, Vec<double> x, int64_t n) {
   const auto stored = __builtin_convertvector(x, typename VectorOf<T, kLanes<double>>::type);
   if (__builtin_expect(n >= kLanes<double>, 1)) return store_raw(p, stored);
   for (int i = 0; i < n; ++i) p[i] = stored[i];
-}
-
-// Past the caches, for results larger than them: the line is not read before it is written. p is aligned to the size of
-// what is stored; fence_streams() makes the stores visible to other threads.
-template <class T>
-RLHF_INLINE void stream(T* p, Vec<Compute<T>> x) {
-  const auto stored = narrow(x, p);
-#ifdef __AVX512F__
-  if constexpr (sizeof(stored) == 64) return _mm512_stream_si512((__m512i*)p, (__m512i)stored);
-#endif
-#ifdef __AVX2__
-  if constexpr (sizeof(stored) == 32) return _mm256_stream_si256((__m256i*)p, (__m256i)stored);
-#endif
-#ifdef __SSE2__
-  if constexpr (sizeof(stored) == 16) return _mm_stream_si128((__m128i*)p, (__m128i)stored);
-#endif
-  store_raw(p, stored);
-}
-
-RLHF_INLINE void fence_streams() {
-#ifdef __SSE2__
-  _mm_sfence();
-#endif
 }
 
 // The counted ones of the first n lanes; a null mask counts everything.

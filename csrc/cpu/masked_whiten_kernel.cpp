@@ -1,5 +1,6 @@
 #include "cpu/masked_whiten_kernel.h"
 
+#include "cpu/pages.h"
 #include "cpu/whiten_loops.h"
 
 namespace rlhf::RLHF_ISA {
@@ -31,8 +32,11 @@ void moments(const WhitenArgs<T>& args, int64_t begin, int64_t end) {
 
 template <class T>
 void apply(const WhitenArgs<T>& args, int64_t begin, int64_t end) {
+  const int64_t to = end * kWhitenPart < args.n ? end * kWhitenPart : args.n;
+  PagesAhead pages(args.out, begin * kWhitenPart, to);
   for (int64_t i = begin; i < end; ++i) {
     const Part<T> part(args, i);
+    pages.reach(part.out + part.n);
     whiten(part.x, part.mask, part.n, args.by, part.out);
   }
 }

@@ -2,6 +2,7 @@
 
 #include "cpu/gae_scan.h"
 #include "cpu/kl.h"
+#include "cpu/pages.h"
 #include "cpu/whiten_loops.h"
 
 namespace rlhf::RLHF_ISA {
@@ -35,7 +36,7 @@ void shape_rewards(const AdvantageArgs<T>& args, int64_t b, const Span& span) {
     const Vec<T> value = kl_value<T>(x, args.kl_estimator);
     const Vec<T> score = scores ? min(clip, max(-clip, load(scores + t, left, T(0)))) : zero;
     store(kl + t, counted ? value : zero, left);
-    store(rewards + t, counted ? score - coef * value : zero, left);
+    store(rewards + t, counted ? score - (args.kl_coef == 0 ? zero : coef * value) : zero, left);
   }
   if (scores) return;
   int64_t last = span.n - 1;
@@ -45,15 +46,23 @@ void shape_rewards(const AdvantageArgs<T>& args, int64_t b, const Span& span) {
 
 template <class T>
 void recur(const AdvantageArgs<T>& args, int64_t b, const Span& span) {
-  gae_scan(args.rewards + span.first, args.values + span.first, span.mask, span.n, 0, {args.gamma, args.lam, false},
-           args.advantages + span.first, args.returns + span.first);
+  gae_scan(args.rewards + span.first, args.values + span.first, span.mask, span.n,
+           {args.gamma, args.gamma * args.lam, false, 0}, args.advantages + span.first, args.returns + span.first);
   args.parts[b] = masked_moments(args.advantages + span.first, span.mask, span.n);
 }
 
 template <class T>
 void first_sweep(const AdvantageArgs<T>& args, int64_t begin, int64_t end) {
+  const int64_t from = args.sequences.begin(begin), to = args.sequences.end(end - 1);
+  PagesAhead pages[] = {
+      {args.kl, from, to}, {args.rewards, from, to}, {args.advantages, from, to}, {args.returns, from, to}};
   for (int64_t b = begin; b < end; ++b) {
     const Span span(args, b);
+    const int64_t last = span.first + span.n;
+    pages[0].reach(args.kl + last);
+    pages[1].reach(args.rewards + last);
+    pages[2].reach(args.advantages + last);
+    pages[3].reach(args.returns + last);
     shape_rewards(args, b, span);
     if (args.whiten_rewards) {
       args.parts[b] = masked_moments(args.rewards + span.first, span.mask, span.n);

@@ -51,12 +51,14 @@ double run(LossArgs<T>& args, Reduction reduction, const T* denominator, Totals&
   }
   totals.units = reduction == kTokenMean ? totals.sum.tokens : reduction == kSum ? 0 : sequences;
   const double divisor = denominator ? *denominator : std::fmax(totals.units, 1);
-  args.scale = divisor > 0 ? 1 / divisor : 0;
+  args.scale = divisor == 0 ? 0 : 1 / divisor;
   parallel(count, grain, kernels.loss, args);
   for (const LossPart& part : parts) add(totals, part);
   const double* sums = totals.sum.sums;
-  return args.scale * (sums[kPolicyLoss] + args.value_coef * sums[kValueLoss] - args.entropy_coef * sums[kEntropy] +
-                       args.kl_coef * sums[kKL]);
+  // A term that is there for its statistic alone may be inf or NaN: times a coefficient of 0 that would still be NaN.
+  const auto term = [&](double coef, int i) { return coef == 0 ? 0 : coef * sums[i]; };
+  return args.scale * (sums[kPolicyLoss] + term(args.value_coef, kValueLoss) + term(-args.entropy_coef, kEntropy) +
+                       term(args.kl_coef, kKL));
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> ppo_loss(

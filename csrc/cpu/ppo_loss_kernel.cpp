@@ -1,20 +1,17 @@
 #include "cpu/ppo_loss_kernel.h"
 
 #include "cpu/kl.h"
+#include "cpu/pages.h"
 
 namespace rlhf::RLHF_ISA {
 namespace {
 
-// Sums of this many vectors are taken in the compute type and added up in double.
-constexpr int64_t kGroup = 16;
-
 struct Span {
-  int64_t first, n;
+  int64_t first, last;
 
   template <class T>
-  Span(const LossArgs<T>& args, int64_t part) : first(args.parts.begin(part)) {
-    const int64_t end = args.parts.end(part);
-    n = (end < args.tokens ? end : args.tokens) - first;
+  Span(const LossArgs<T>& args, int64_t part) : first(args.parts.begin(part)), last(args.parts.end(part)) {
+    if (last > args.tokens) last = args.tokens;
   }
 };
 
@@ -22,8 +19,8 @@ struct Span {
 template <class T>
 struct Loss {
   const LossArgs<T>& args;
-  Vec<T> weight;  // of a counted token's gradient
-  Vec<T> sums[kLossSums] = {};
+  Vec<T> weight;                   // of a counted token's gradient
+  DoubleSum sums[kLossSums] = {};  // terms of either sign, of which little may be left
   Vec<T> largest_ratio{};
 
   RLHF_INLINE static Vec<T> zero() { return Vec<T>{}; }
@@ -71,6 +68,8 @@ struct Loss {
     const Mask<T> stopped = abs<T>(x) > bound;
     x = min(bound, max(-bound, x));
     sums[kKL] += kl_value<T>(x, args.kl_estimator);
+    // 0 and not 0 times what may be inf: the term may be there for its statistic alone.
+    if (args.kl_coef == 0) return zero();
     return stopped ? zero() : number(args.kl_coef) * kl_gradient<T>(x, args.kl_estimator);
   }
 
@@ -80,11 +79,12 @@ struct Loss {
     Vec<T> clipped_squared = squared;
     if (args.old_values) {
       const Vec<T> old_values = counted_of(args.old_values, t, n, counted), clip = number(args.value_clip);
-      const Vec<T> clipped_error = max(old_values - clip, min(old_values + clip, values)) - returns;
+      const Vec<T> clipped_error =
+          max(old_values - clip, min(old_values + clip, values)) - returns + (old_values - old_values);
       clipped_squared = clipped_error * clipped_error;
     }
     const Mask<T> is_clipped = clipped_squared > squared;
-    sums[kValueLoss] += T(0.5) * max(clipped_squared, squared);
+    sums[kValueLoss] += T(0.5) * max(squared, clipped_squared);
     sums[kValueClipped] += ones_where(is_clipped);
     return is_clipped ? zero() : error;
   }
@@ -95,10 +95,9 @@ struct Loss {
     Vec<T> d_logprobs = policy(t, n, counted);
     if (args.ref_logprobs) d_logprobs += kl(t, n, counted);
     if (args.d_logprobs) store(args.d_logprobs + t, d_logprobs * w, n);
-    if (args.values) {
-      const Vec<T> d_values = value(t, n, counted);
-      if (args.d_values) store(args.d_values + t, number(args.value_coef) * d_values * w, n);
-    }
+    const Vec<T> d_values = args.values ? value(t, n, counted) : zero();
+    if (args.d_values)
+      store(args.d_values + t, args.value_coef == 0 ? zero() : number(args.value_coef) * d_values * w, n);
     if (args.entropy) sums[kEntropy] += counted_of(args.entropy, t, n, counted);
     if (args.d_entropy) store(args.d_entropy + t, number(-args.entropy_coef) * w, n);
   }
@@ -108,10 +107,10 @@ template <class T>
 void count(const LossArgs<T>& args, int64_t begin, int64_t end) {
   for (int64_t part = begin; part < end; ++part) {
     const Span span(args, part);
-    int64_t tokens = span.n;
+    int64_t tokens = span.last - span.first;
     if (args.mask) {
       tokens = 0;
-      for (int64_t t = 0; t < span.n; ++t) tokens += args.mask[span.first + t];
+      for (int64_t t = span.first; t < span.last; ++t) tokens += args.mask[t];
     }
     args.results[part].tokens = static_cast<double>(tokens);
   }
@@ -119,20 +118,21 @@ void count(const LossArgs<T>& args, int64_t begin, int64_t end) {
 
 template <class T>
 void loss(const LossArgs<T>& args, int64_t begin, int64_t end) {
+  T* const gradients[] = {args.d_logprobs, args.d_values, args.d_entropy};
+  const int64_t from = Span(args, begin).first, to = Span(args, end - 1).last;
+  PagesAhead pages[] = {{gradients[0], from, to}, {gradients[1], from, to}, {gradients[2], from, to}};
   for (int64_t part = begin; part < end; ++part) {
     const Span span(args, part);
+    for (int i = 0; i < 3; ++i) {
+      if (gradients[i]) pages[i].reach(gradients[i] + span.last);
+    }
     LossPart& result = args.results[part];
     const double tokens = args.token_mean_of_sequence && result.tokens > 0 ? result.tokens : 1;
-    const Vec<T> weight = broadcast(static_cast<T>(args.scale / tokens));
-    for (int64_t group = 0; group < span.n; group += kGroup * kLanes<T>) {
-      Loss<T> state{args, weight};
-      const int64_t group_end = group + kGroup * kLanes<T> < span.n ? group + kGroup * kLanes<T> : span.n;
-      for (int64_t t = group; t < group_end; t += kLanes<T>) state.add(span.first + t, span.n - t);
-      for (int k = 0; k < kLossSums; ++k) result.sums[k] += sum<T>(state.sums[k]);
-      const double ratio = largest<T>(state.largest_ratio);
-      result.largest_ratio = ratio > result.largest_ratio ? ratio : result.largest_ratio;
-    }
+    Loss<T> state{args, broadcast(static_cast<T>(args.scale / tokens))};
+    for (int64_t t = span.first; t < span.last; t += kLanes<T>) state.add(t, span.last - t);
+    for (int k = 0; k < kLossSums; ++k) result.sums[k] = state.sums[k].total();
     for (int k = kPolicyLoss; k <= kKL; ++k) result.sums[k] /= tokens;
+    result.largest_ratio = largest<T>(state.largest_ratio);
   }
 }
 

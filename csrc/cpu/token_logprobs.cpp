@@ -4,15 +4,11 @@
 #include <vector>
 
 #include "common/checks.h"
-#include "cpu/huge_pages.h"
 #include "cpu/parallel.h"
 #include "cpu/token_logprobs_kernel.h"
 
 namespace rlhf {
 namespace {
-
-// Results larger than this do not stay in a cache until they are read.
-constexpr int64_t kStreamBytes = int64_t{8} << 20;
 
 LogitsType logits_type(const Tensor& logits) {
   switch (logits.scalar_type()) {
@@ -131,8 +127,6 @@ Tensor token_logprobs_backward(std::optional<Tensor> grad_logprobs, std::optiona
   check_like("row_max", row_max, dtype, token_ids);
   check_like("log_sum", log_sum, dtype, token_ids);
   const Tensor grad_logits = torch::stable::new_empty(logits, logits.sizes());
-  const int64_t bytes = grad_logits.numel() * static_cast<int64_t>(grad_logits.element_size());
-  use_huge_pages(grad_logits.mutable_data_ptr(), bytes);
   with_compute_type(row_max, [&](auto type) {
     using T = decltype(type);
     BackwardArgs<T> args;
@@ -143,7 +137,6 @@ Tensor token_logprobs_backward(std::optional<Tensor> grad_logprobs, std::optiona
     args.row_max = data<T>(row_max);
     args.log_sum = data<T>(log_sum);
     args.grad_logits = grad_logits.mutable_data_ptr();
-    args.stream = bytes >= kStreamBytes;
     parallel(token_ids.numel(), 1, RLHF_TABLE(token_logprobs_table).backward, args);
   });
   return grad_logits;

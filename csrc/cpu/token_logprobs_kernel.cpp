@@ -3,6 +3,7 @@
 #include <type_traits>
 
 #include "common/vec_math.h"
+#include "cpu/pages.h"
 
 namespace rlhf::RLHF_ISA {
 namespace {
@@ -154,21 +155,14 @@ void backward_row(const BackwardArgs<T>& args, int64_t row) {
   const T rest = static_cast<T>(args.log_sum[row] - __builtin_fma(near_max, scale.factor, -args.row_max[row]));
   const auto logp_of = [&](Vec<T> x) { return (x - broadcast(near_max)) * broadcast(scale.factor) - broadcast(rest); };
 
-  constexpr int64_t kStep = kLanes<T>;
-  constexpr int64_t kStored = kStep * sizeof(S);
-  const int64_t misaligned = reinterpret_cast<uintptr_t>(grad) % kStored / sizeof(S);
-  int64_t n = args.stream && misaligned ? kStep - misaligned : kStep;
-  for (int64_t j = 0; j < vocab; j += n, n = kStep) {
-    if (n > vocab - j) n = vocab - j;
-    const Vec<T> x = point<kSoftcap>(load(logits + j, n, T(0)), scale);
+  // Plain stores: the pages of a fresh gradient come zeroed through the cache. Stores past it took 1.2 times as long
+  // (512 x 151936 float, one core of a Xeon with AVX-512).
+  for (int64_t j = 0; j < vocab; j += kLanes<T>) {
+    const Vec<T> x = point<kSoftcap>(load(logits + j, vocab - j, T(0)), scale);
     const Vec<T> logp = max(broadcast(kExpLow<T>), logp_of(x));
     Vec<T> g = exp_in_range(logp) * (c_logprob + c_entropy * (logp + entropy));
     if constexpr (kSoftcap) g *= T(1) - x * x;
-    if (args.stream && n == kStep) {
-      stream(grad + j, g);
-    } else {
-      store(grad + j, g, n);
-    }
+    store(grad + j, g, vocab - j);
   }
 
   const Vec<T> logit = load(logits + id, 1, T(0));
@@ -211,9 +205,14 @@ void forward(const ForwardArgs<T>& args, int64_t begin, int64_t end) {
 template <class T>
 void backward(const BackwardArgs<T>& args, int64_t begin, int64_t end) {
   specialised(args.rows, [&](auto storage, auto softcap) {
-    for (int64_t row = begin; row < end; ++row) backward_row<softcap.value, decltype(storage)>(args, row);
+    using S = decltype(storage);
+    S* grad = static_cast<S*>(args.grad_logits);
+    PagesAhead pages(grad, begin * args.rows.vocab, end * args.rows.vocab);
+    for (int64_t row = begin; row < end; ++row) {
+      pages.reach(grad + (row + 1) * args.rows.vocab);
+      backward_row<softcap.value, S>(args, row);
+    }
   });
-  fence_streams();
 }
 
 }  // namespace

@@ -43,7 +43,6 @@ struct BackwardArgs {
   const T* row_max;
   const T* log_sum;
   void* grad_logits;  // (rows, vocab), of the logits' type
-  bool stream;        // write past the caches
 };
 
 struct TokenLogprobsTable {

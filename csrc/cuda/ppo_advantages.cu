@@ -40,7 +40,7 @@ struct Shaping {
       const T kl = kl_value(logprobs.at[i] - ref.at[i], x.kl_estimator);
       const T token_score = x.per_sequence ? (first + i == last ? score : T(0)) : clamp_to(scores.at[i], -clip, clip);
       out.kl.at[i] = counted.at[i] ? kl : T(0);
-      out.rewards.at[i] = counted.at[i] ? token_score - coef * kl : T(0);
+      out.rewards.at[i] = counted.at[i] ? token_score - (coef == 0 ? T(0) : coef * kl) : T(0);  // k3 may be inf
     }
     return out;
   }

@@ -125,7 +125,7 @@ __device__ Gradients<T> token_loss(const LossArgs<T>& o, const Token<T>& x, Sums
     const T clipped_error = clamp_to(x.value, x.old_value - o.value_clip, x.old_value + o.value_clip) - x.target;
     const bool is_value_clipped = clipped_error * clipped_error > error * error;
     const T square = is_value_clipped ? clipped_error * clipped_error : error * error;
-    out.value = is_value_clipped ? T(0) : o.value_coef * error;
+    out.value = is_value_clipped || o.value_coef == 0 ? T(0) : o.value_coef * error;
     sums.at[VALUE] += double(T(0.5) * square * x.weight);
     sums.at[VALUE_CLIPPED] += is_value_clipped;
   }
@@ -133,7 +133,7 @@ __device__ Gradients<T> token_loss(const LossArgs<T>& o, const Token<T>& x, Sums
     const T raw_kl = x.logprob - x.ref_logprob, y = clamp_to(raw_kl, -o.kl_clamp, o.kl_clamp);
     const bool kl_passes = !(raw_kl > o.kl_clamp || raw_kl < -o.kl_clamp);
     sums.at[KL] += double(kl_value(y, o.kl_estimator) * x.weight);
-    if (kl_passes) out.logprob += o.kl_coef * kl_gradient(y, o.kl_estimator);
+    if (kl_passes && o.kl_coef != 0) out.logprob += o.kl_coef * kl_gradient(y, o.kl_estimator);
   }
   sums.at[ENTROPY] += double(x.entropy * x.weight);
   return out;
@@ -152,8 +152,10 @@ __device__ void finish(const LossArgs<T>& x, int64_t units, double scale) {
   if (threadIdx.x != 0) return;
   sums.at[UNITS] = x.reduction == SUM ? 0 : double(units);
   for (int i = 0; i < STATS; ++i) x.stats[i] = sums.at[i];
+  // A term that is there for its statistic alone may be inf or NaN: times a coefficient of 0 that would still be NaN.
+  const auto term = [&](double coef, int i) { return coef == 0 ? 0 : coef * sums.at[i]; };
   const double numerator =
-      sums.at[POLICY] + x.value_coef * sums.at[VALUE] - x.entropy_coef * sums.at[ENTROPY] + x.kl_coef * sums.at[KL];
+      sums.at[POLICY] + term(x.value_coef, VALUE) + term(-x.entropy_coef, ENTROPY) + term(x.kl_coef, KL);
   *x.loss = T(numerator * scale);
 }
 
@@ -165,7 +167,7 @@ __global__ void __launch_bounds__(BLOCK, sizeof(T) == 4 ? MIN_BLOCKS : 1)
   units = group_reduce<BLOCK>(units, Add());
   const double count = x.reduction == SUM || units < 1 ? 1 : double(units);
   const double divisor = x.denominator == nullptr ? count : double(*x.denominator);
-  const double scale = divisor > 0 ? 1 / divisor : 0;
+  const double scale = divisor == 0 ? 0 : 1 / divisor;
   const Range all = {0, layout.tokens};
   Sums sums = {};
   for (int64_t first = (blockIdx.x * int64_t(BLOCK) + threadIdx.x) * QUAD; first < layout.tokens;

@@ -31,9 +31,9 @@ std::vector<int64_t> longest_first(const Lengths& lengths) {
 void check_lengths(const Lengths& lengths, int64_t limit, const char* limit_name) {
   for (size_t i = 0; i < lengths.size(); ++i) {
     if (lengths[i] < 0 || lengths[i] > limit) {
-      throw py::value_error("lengths: expected every length in [0, " + std::string(limit_name) + "=" + std::to_string(limit) +
-                            "], got " + std::to_string(lengths[i]) + " at index " + std::to_string(i) +
-                            "; truncate or drop that sequence, or raise " + limit_name);
+      throw py::value_error("lengths: expected every length in [0, " + std::string(limit_name) + "=" +
+                            std::to_string(limit) + "], got " + std::to_string(lengths[i]) + " at index " +
+                            std::to_string(i) + "; truncate or drop that sequence, or raise " + limit_name);
     }
   }
 }

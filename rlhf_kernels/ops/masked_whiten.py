@@ -89,7 +89,7 @@ def masked_whiten(
     """
     check.is_float("x", x)
     check.mask_like(mask, "x", x)
-    check.number("eps", eps, 0)
+    check.number("eps", eps, above=0)
     x = prepare(x.detach(), compute_dtype(x))
     mask = prepare(mask)
     if group is None:

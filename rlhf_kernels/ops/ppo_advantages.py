@@ -82,7 +82,10 @@ def _shaped_rewards(
         at_end = last_counted(mask, cu_seqlens, scores.shape[0])
         per_sequence = scores[sequence_ids(logprobs, cu_seqlens)] if scores.numel() else torch.zeros_like(logprobs)
         scores = per_sequence.masked_fill(~at_end, 0)
-    return (scores - kl_coef * kl).masked_fill(~mask, 0), kl
+    penalty = torch.where(
+        torch.as_tensor(kl_coef, device=kl.device) == 0, 0, kl_coef * kl
+    )  # k3 may be inf: 0 * inf is NaN
+    return (scores - penalty).masked_fill(~mask, 0), kl
 
 
 def ppo_advantages_reference(
@@ -148,7 +151,8 @@ def ppo_advantages(
 ) -> PPOAdvantages:
     """Per-token KL, shaped rewards, GAE and whitening in one op. Not differentiable: inputs are detached.
 
-    A sequence with no counted token drops its score. Whitening statistics run over every rank of `group` when given
+    A sequence with no counted token drops its score. One-dimensional scores with as many elements as there are
+    sequences are scores of sequences, also where there are as many tokens. Whitening statistics run over every rank of `group` when given
     (then the op is a composition with one collective of three numbers for each whitening). Values under the mask may
     be NaN and change nothing. Raises TypeError or ValueError for wrong dtypes, shapes, devices and options.
     """

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from .. import _checks as check
 from .._layout import check_cu_seqlens, compute_dtype, full_mask, prepare, sequence_ids, sequence_sums
-from .._library import call, define
+from .._library import call, define, once_differentiable
 from ..stats import PPO_FIELDS, PPOStats
 from .token_kl import ESTIMATORS, kl_gradient, kl_value
 
@@ -77,7 +77,7 @@ def _clamped(x: Tensor, bound: float | None) -> tuple[Tensor, Tensor]:
     """(x in [-bound, bound], whether the gradient passes)."""
     if bound is None:
         return x, torch.ones_like(x, dtype=torch.bool)
-    return x.clamp(-bound, bound), x.abs() <= bound
+    return x.clamp(-bound, bound), ~(x.abs() > bound)  # NaN passes, so that it shows
 
 
 def _policy_terms(logprobs, old_logprobs, advantages, is_weights, clip_low, clip_high, dual_clip, log_ratio_clamp):
@@ -190,16 +190,16 @@ def ppo_loss_reference(
         kl, d_kl = kl_value(x, kl_estimator), kl_gradient(x, kl_estimator) * passes
     entropy = zero if entropy is None else clean(entropy)
     divisor = units.clamp(min=1) if denominator is None else denominator.to(units.dtype)
-    scale = weight * torch.where(divisor > 0, 1 / divisor, 0)
-    loss = ((policy + value_coef * value - entropy_coef * entropy + kl_coef * kl) * scale).sum()
+    scale = weight * torch.where(divisor == 0, 0, 1 / divisor)
+    # A term that is there for its statistic alone may be inf or NaN: times a coefficient of 0 that would still be NaN.
+    terms = [(value_coef, value), (-entropy_coef, entropy), (kl_coef, kl)]
+    loss = (policy + sum(c * term for c, term in terms if c)).mul(scale).sum()
     stats = _stats(
         (policy, value, entropy, kl), weight, units, mask, {**token_stats, "value_clip_fraction": value_clipped}
     )
-    d_logprobs, d_values, d_entropy = (
-        (d_policy + kl_coef * d_kl) * scale,
-        value_coef * d_value * scale,
-        -entropy_coef * scale,
-    )
+    d_logprobs = (d_policy + kl_coef * d_kl if kl_coef else d_policy) * scale
+    d_values = value_coef * d_value * scale if value_coef else zero
+    d_entropy = -entropy_coef * scale
     wanted = ((grad_logprobs, d_logprobs), (grad_values, d_values), (grad_entropy, d_entropy))
     return (loss, stats, *(gradient if want else logprobs.new_empty(0) for want, gradient in wanted))
 
@@ -217,6 +217,7 @@ def _setup_context(ctx, inputs, output):
 
 
 def _backward(ctx, grad_loss, *_):
+    once_differentiable("ppo_loss")
     d_logprobs, d_values, d_entropy = (
         d * grad_loss if wanted else None for d, wanted in zip(ctx.saved_tensors, ctx.wanted)
     )

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from .. import _checks as check
 from .._layout import compute_dtype
-from .._library import call, define, invalid
+from .._library import call, define, invalid, once_differentiable
 
 # row_max and log_sum are what the backward needs; entropy is empty unless return_entropy. All (...) in the compute
 # dtype.
@@ -162,6 +162,7 @@ def _setup_context(ctx, inputs, output):
 
 
 def _backward(ctx, grad_logprobs, grad_entropy, _grad_row_max, _grad_log_sum):
+    once_differentiable("token_logprobs")
     grad_entropy = grad_entropy if ctx.return_entropy else None
     grad = None
     if grad_logprobs is not None or grad_entropy is not None:
@@ -192,10 +193,12 @@ def token_logprobs(
     Differentiable in logits through both outputs, for any upstream gradient; temperature is not differentiable. Rows
     whose id is `ignore_index` give 0 and no gradient, whatever their logits hold. A logit of -inf is a token that
     cannot be chosen: it adds 0 to the entropy, gets gradient 0, and choosing it gives -inf; a row of -inf alone gives
-    NaN. No logits-sized memory is allocated but the gradient; logits whose last stride is not 1 are copied once.
+    NaN. (A softcap makes -inf a finite -softcap: ban tokens after the cap.) No logits-sized memory is allocated but the
+    gradient; logits whose last stride is not 1 are copied once. Differentiable once: create_graph=True raises.
 
     Raises TypeError or ValueError for wrong dtypes, shapes and devices. An id out of range: ValueError with its
-    position on the CPU; on a GPU, where looking would wait for the device, its log-probability and gradient are NaN.
+    position on the CPU (RuntimeError with the same words from compiled code); on a GPU, where looking would wait for
+    the device, its log-probability and gradient are NaN. Per-row temperatures are not looked at: each must be > 0.
     """
     _check(logits, token_ids, temperature, softcap, ignore_index)
     temperatures = temperature if isinstance(temperature, Tensor) else None

@@ -29,7 +29,7 @@ def _shape_kernel(
     coef = tl.full((), kl_coef, DTYPE) if kl_coef_tensor is None else tl.load(kl_coef_tensor)
     x = load_counted(logprobs, index, inside, counts) - load_counted(ref_logprobs, index, inside, counts)
     value = kl_value(x, KIND)
-    reward = -coef * value
+    reward = tl.where(coef == 0, 0.0, -coef * value)  # k3 may be inf
     if scores is not None:
         limit = tl.full((), score_clip, DTYPE)
         reward += clip(load_counted(scores, index, inside, counts), -limit, limit)

@@ -58,7 +58,7 @@ def _units(counts, n_counts, SEQUENCES: tl.constexpr, BLOCK: tl.constexpr):
 @triton.jit
 def _scale(units, denominator):
     divisor = tl.maximum(units, 1.0) if denominator is None else tl.load(denominator).to(tl.float64)
-    return tl.where(divisor > 0, 1.0 / divisor, 0.0)
+    return tl.where(divisor == 0, 0.0, 1.0 / divisor)
 
 
 @triton.jit
@@ -144,7 +144,8 @@ def _pass_kernel(
             raw = logprob - load_counted(ref_logprobs, index, inside, token)
             x = clip(raw, -kl_clamp, kl_clamp)
             kl_sum += kl_value(x, KL_KIND % 4).to(tl.float64) * weight
-            gradient += kl_coef * tl.where(tl.abs(raw) > kl_clamp, 0.0, _kl_gradient(x, KL_KIND))
+            stopped = (tl.abs(raw) > kl_clamp) | (kl_coef == 0)
+            gradient += tl.where(stopped, 0.0, kl_coef * _kl_gradient(x, KL_KIND))
         if d_logprobs is not None:
             tl.store(d_logprobs + index, tl.where(token, gradient * weight * scale, 0.0), mask=inside)
         if values is not None:
@@ -155,7 +156,11 @@ def _pass_kernel(
             value_sum += value_loss.to(tl.float64) * weight
             value_clipped += is_value_clipped.to(tl.int32)
             if d_values is not None:
-                tl.store(d_values + index, tl.where(token, value_coef * d_value * weight * scale, 0.0), mask=inside)
+                tl.store(
+                    d_values + index,
+                    tl.where(token & (value_coef != 0), value_coef * d_value * weight * scale, 0.0),
+                    mask=inside,
+                )
         if entropy is not None:
             entropy_sum += load_counted(entropy, index, inside, token).to(tl.float64) * weight
             if d_entropy is not None:
@@ -190,8 +195,10 @@ def _reduce_kernel(
     if UNITS_ARE_TOKENS:
         sums = tl.where(field == UNITS, tl.sum(tl.where(field == TOKENS, sums, 0.0), 0), sums)
     units = tl.sum(tl.where(field == UNITS, sums, 0.0), 0)
-    rest = tl.where(field == ENTROPY, -entropy_coef * sums, tl.where(field == KL, kl_coef * sums, 0.0))
-    terms = tl.where(field == 0, sums, tl.where(field == VALUE, value_coef * sums, rest))
+    coef = tl.where(field == ENTROPY, -entropy_coef, tl.where(field == KL, kl_coef, 0.0))
+    coef = tl.where(field == 0, 1.0, tl.where(field == VALUE, value_coef, coef))
+    # A term with a coefficient of 0 may be inf or NaN.
+    terms = tl.where(coef == 0, 0.0, coef * sums)
     tl.store(stats + field, sums, mask=field < FIELDS)
     tl.store(loss, (tl.sum(terms, 0) * _scale(units, denominator)).to(loss.dtype.element_ty))
 

@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .._layout import compute_dtype
+from .._layout import compute_dtype, prepare
 from ._common import launch
 
 
@@ -159,16 +159,16 @@ def _rows(logits: Tensor) -> tuple[Tensor, tuple[int, int, int, int]]:
     two strides cannot describe (three, permuted) are copied once; causal shifts and other slices never are. Offsets
     count from the start of the memory because that is aligned where a view such as logits[:, prompt:-1] is not.
     """
-    dims = [(1, 0)]
+    dims: list[tuple[int, int]] = []
     for size, stride in zip(logits.shape[:-1], logits.stride()[:-1]):
         if size == 1:
             continue
-        if dims[-1][1] == size * stride:
+        if dims and dims[-1][1] == size * stride:
             size *= dims.pop()[0]
         dims.append((size, stride))
-    if len(dims) > 3:
+    if len(dims) > 2 or (logits.shape[-1] > 1 and logits.stride(-1) != 1):
         return _rows(logits.contiguous())
-    (_, outer), (inner, stride) = dims[-2:] if len(dims) > 1 else dims * 2
+    (_, outer), (inner, stride) = [(1, 0), (1, 0), *dims][-2:]
     return logits.as_strided((1,), (1,), 0), (logits.storage_offset(), inner, outer, stride)
 
 
@@ -193,10 +193,11 @@ def token_logprobs(
     entropy = logits.new_empty(token_ids.shape if return_entropy else (0,), dtype=dtype)
     if token_ids.numel():
         memory, rows = _rows(logits)
+        tokens = map(prepare, (token_ids, temperatures))
         launch(
             _forward_kernel, (token_ids.numel(),), logits,
-            memory, token_ids, temperatures, logprobs, entropy, row_max, log_sum, logits.shape[-1], *rows, ignore_index,
-            temperature, softcap or 1.0, SOFTCAP=softcap is not None, ENTROPY=return_entropy, **_meta(logits),
+            memory, *tokens, logprobs, entropy, row_max, log_sum, logits.shape[-1], *rows, ignore_index, temperature,
+            softcap or 1.0, SOFTCAP=softcap is not None, ENTROPY=return_entropy, **_meta(logits),
         )  # fmt: skip
     return logprobs, entropy, row_max, log_sum
 
@@ -218,11 +219,11 @@ def token_logprobs_backward(
     if not logits.numel():
         return grad
     memory, rows = _rows(logits)
-    upstream = (None if g is None else g.contiguous() for g in (grad_logprobs, grad_entropy))
+    upstream, tokens = map(prepare, (grad_logprobs, grad_entropy)), map(prepare, (token_ids, temperatures))
     dense = logits.is_contiguous() and not logits.storage_offset()
     launch(
         _backward_kernel, (token_ids.numel(),), logits,
-        *upstream, memory, token_ids, temperatures, entropy, row_max, log_sum, grad, logits.shape[-1], *rows,
+        *upstream, memory, *tokens, entropy, row_max, log_sum, grad, logits.shape[-1], *rows,
         ignore_index, temperature, softcap or 1.0, SOFTCAP=softcap is not None, DENSE=dense, **_meta(logits),
     )  # fmt: skip
     return grad
