@@ -232,8 +232,8 @@ def interleave(
     """({name: samples}, {name: calls a sample}) of 7 to 31 interleaved rounds.
 
     Providers share the time equally. One whose sample lasts over a second sits rounds out, evenly, down to 3 samples.
-    A sample starts with an untimed call: with a 311 MB gradient a call took 0.15 s in memory that its predecessor of the
-    same provider had freed, and mostly 0.7 to 0.9 s in memory that another provider had (a virtual machine, 2 cores).
+    A sample starts with an untimed call: with a 311 MB gradient a call took 0.15 s in memory that the same provider had
+    just freed, and mostly 0.7 to 0.9 s in memory that another had (a virtual machine, 1 thread).
     """
 
     def sample(provider: Provider, calls: int) -> float:

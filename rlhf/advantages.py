@@ -9,7 +9,7 @@ import torch
 
 import rlhf_kernels
 from rlhf.config import PPOConfig
-from rlhf.model import LanguageModel, Scorer, response_logprobs, response_values
+from rlhf.model import LanguageModel, Scorer, check_context, response_logprobs, response_values
 from rlhf.reward import Reward, score_rollout
 from rlhf.types import Experience, Rollout
 
@@ -20,6 +20,12 @@ class Models:
     value: Scorer
     reference: LanguageModel
     rewards: list[Reward]
+
+    def check_context(self, length: int, fields: str) -> None:
+        """Of every model that reads the policy's tokens."""
+        readers = [reward.reader for reward in self.rewards if reward.reader]
+        for model in (self.policy, self.value, *readers):
+            check_context(model, length, fields)
 
 
 @torch.no_grad()
@@ -43,7 +49,7 @@ def score(
         reference, _ = response_logprobs(models.reference, part, config.temperature)
         columns.append((logprobs, reference, response_values(models.value, part)))
     poll()
-    scores, parts = score_rollout(models.rewards, rollout, config.missing_eos_penalty)
+    scores, parts = score_rollout(models.rewards, rollout, config.missing_eos_penalty, config.score_clip)
     width = rollout.sequences.response_mask.shape[1]
     joined = (torch.cat([_widen(t, width) for t in tensors]) for tensors in zip(*columns))
     return Experience(rollout.sequences, *joined, scores.to(rollout.sequences.ids.device)), parts
@@ -66,10 +72,9 @@ def with_advantages(experience: Experience, config: PPOConfig, kl_coef: float) -
             kl_estimator=config.kl_estimator,
             gamma=config.gamma,
             lam=config.lam,
-            score_clip=config.score_clip,
             whiten_rewards=config.whiten_rewards,
             whiten_advantages=config.whiten_advantages,
         ),
     )
-    shaped = {name: getattr(result, name) for name in ("advantages", "returns", "rewards", "kl")}
+    shaped = {name: getattr(result, name) for name in ("advantages", "returns", "kl")}
     return replace(experience, **shaped)

@@ -22,7 +22,7 @@ import torch
 from safetensors.torch import load_file, load_model, save_file, save_model
 from torch import Tensor, nn
 
-from rlhf.config import TrainConfig, UsageError
+from rlhf.config import TrainConfig, TrainingDiverged, UsageError
 
 # What may differ between a run and its continuation.
 FREE_FIELDS = {"output_dir", "resume", "save_steps", "save_total_limit", "report_to", "device", "sample_steps"}
@@ -37,6 +37,10 @@ def list_checkpoints(output_dir: Path) -> list[Path]:
     return sorted(output_dir.glob("checkpoint-" + "[0-9]" * 6), reverse=True)
 
 
+def checkpoint_path(output_dir: Path, step: int) -> Path:
+    return output_dir / f"checkpoint-{step:06d}"
+
+
 def save_checkpoint(
     output_dir: Path,
     step: int,  # steps completed
@@ -46,10 +50,10 @@ def save_checkpoint(
     identity: dict,  # what a continuation must agree with
     keep: int,
 ) -> Path:
-    for name, module in modules.items():
-        if not all(bool(torch.isfinite(p).all()) for p in module.parameters()):
-            raise RuntimeError(f"step {step}: the weights of {name} are not finite: no checkpoint is written")
-    target = output_dir / f"checkpoint-{step:06d}"
+    target = checkpoint_path(output_dir, step)
+    if target.exists() and not problem_with(target):
+        return target
+    check_finite(step, modules)
     with_optimizer = _flatten(optimizer)
     generators, numbers = _generators()
     with replacing(target) as folder:
@@ -59,9 +63,18 @@ def save_checkpoint(
         save_file(generators, str(folder / "generators.safetensors"))
         record = {"step": step, "state": state, "identity": identity, "generators": numbers}
         (folder / "state.json").write_text(json.dumps(record))
-    for old in list_checkpoints(output_dir)[keep:]:
-        shutil.rmtree(old)
+    older = [path for path in list_checkpoints(output_dir) if path.name < target.name]
+    for path in older[keep - 1 :]:
+        shutil.rmtree(path)
     return target
+
+
+def check_finite(step: int, modules: dict[str, nn.Module]) -> None:
+    for name, module in modules.items():
+        if not all(bool(torch.isfinite(p).all()) for p in module.parameters()):
+            raise TrainingDiverged(
+                f"step {step}: the weights of {name} are not finite and were not written: lower learning_rate"
+            )
 
 
 def load_checkpoint(
@@ -91,6 +104,8 @@ def problem_with(path: Path) -> str | None:
         manifest = json.loads((path / "manifest.json").read_text())
     except (OSError, ValueError) as error:
         return f"no readable manifest ({error})"
+    if "state.json" not in manifest:
+        return "no checkpoint but a model: give a folder checkpoint-NNNNNN"
     for name, expected in manifest.items():
         file = path / name
         if not file.is_file() or _measure(file) != expected:
@@ -104,10 +119,11 @@ def identity_of(config: TrainConfig, dataset_fingerprint: str) -> dict:
 
 
 class replacing:
-    """A folder that appears at `target` complete, with its manifest, or not at all."""
+    """A folder that appears at `target` complete, with its manifest, or not at all. An earlier one goes only then."""
 
     def __init__(self, target: Path):
-        self.target, self.folder = target, target.with_name(f".{target.name}.tmp")
+        self.target = target
+        self.folder, self.earlier = (target.with_name(f".{target.name}.{end}") for end in ("tmp", "old"))
 
     def __enter__(self) -> Path:
         shutil.rmtree(self.folder, ignore_errors=True)
@@ -124,9 +140,11 @@ class replacing:
         for path in (*files, self.folder / "manifest.json", self.folder):
             _sync(path)
         if self.target.exists():
-            shutil.rmtree(self.target)
+            shutil.rmtree(self.earlier, ignore_errors=True)
+            self.target.rename(self.earlier)
         self.folder.rename(self.target)
         _sync(self.target.parent)
+        shutil.rmtree(self.earlier, ignore_errors=True)
 
 
 def _measure(file: Path) -> list:

@@ -117,6 +117,8 @@ def check_yaml(path: str, cls: type) -> None:
     hints, names, seen = get_type_hints(cls), [field.name for field in fields(cls)], set()
     for key, value in node.value:
         where = f"{path}:{key.start_mark.line + 1}"
+        if not isinstance(key, yaml.ScalarNode):
+            raise ConfigError(f"{where}: expected the name of a field before the colon")
         if key.value in seen:
             raise ConfigError(f"{where}: {key.value} stands twice")
         if key.value not in names:

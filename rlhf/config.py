@@ -5,7 +5,9 @@ Field names follow TRL's where it has one. This file imports neither torch nor t
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import math
+from dataclasses import dataclass, field, fields
+from pathlib import Path
 from typing import Literal
 
 
@@ -44,8 +46,13 @@ class RunConfig:
     """Compute type over float32 weights; auto is bfloat16 on GPUs and float32 on CPUs."""
 
     def __post_init__(self):
-        _require(bool(self.output_dir), "output_dir", "a directory", self.output_dir)
-        _require_each(self, "an integer >= 0", lambda v: v >= 0, "seed")
+        for entry in fields(self):
+            value = getattr(self, entry.name)
+            _require(value is not None or "None" in entry.type, entry.name, entry.type, value)
+            _require(not isinstance(value, float) or math.isfinite(value), entry.name, "a finite number", value)
+        usable = bool(self.output_dir) and not Path(self.output_dir).is_file()
+        _require(usable, "output_dir", "a directory", self.output_dir)
+        _require_each(self, "an integer from 0 to 2**63 - 1", lambda v: 0 <= v < 2**63, "seed")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -158,13 +165,13 @@ class PPOConfig(TrainConfig):
     missing_eos_penalty: float | None = 1.0
     """Taken off the score of a response that did not end; null leaves scores as they are."""
     score_clip: float | None = None
-    """Bound on the absolute score of a response."""
+    """Bound on the absolute score of a response, before missing_eos_penalty is taken off."""
     kl_coef: float = 0.05
     """Weight of the per-token KL penalty to the reference; the first value of the adaptive controller."""
     kl_target: float | None = None
     """KL in nats per response that an adaptive controller steers to; null keeps kl_coef fixed."""
     kl_horizon: int = 10_000
-    """Episodes over which the adaptive controller acts."""
+    """Episodes over which the adaptive controller acts; more than a fifth of a batch."""
     kl_estimator: Literal["k1", "abs", "k2", "k3"] = "k1"
     """Per-token estimate of the KL in the reward."""
     gamma: float = 1.0
@@ -179,8 +186,8 @@ class PPOConfig(TrainConfig):
     """Policy ratio clip below 1, and above unless cliprange_high is given."""
     cliprange_high: float | None = None
     """Policy ratio clip above 1."""
-    cliprange_value: float = 0.2
-    """Clip of the value's change."""
+    cliprange_value: float | None = 0.2
+    """Clip of the value's change; null leaves it free."""
     dual_clip: float | None = None
     """Bound, > 1, on the ratio's weight where the advantage is negative."""
     vf_coef: float = 0.1
@@ -207,12 +214,16 @@ class PPOConfig(TrainConfig):
         super().__post_init__()
         at_least_one = "total_episodes num_mini_batches num_ppo_epochs max_prompt_length response_length kl_horizon"
         _require_each(self, "a number >= 1", lambda v: v >= 1, at_least_one)
-        _require_each(self, "a number > 0", lambda v: v > 0, "temperature score_clip kl_target value_learning_rate")
-        non_negative = "missing_eos_penalty kl_coef cliprange_value vf_coef entropy_coef sample_steps cliprange_high"
+        positive = "temperature score_clip kl_target cliprange_value value_learning_rate"
+        _require_each(self, "a number > 0", lambda v: v > 0, positive)
+        non_negative = "missing_eos_penalty kl_coef vf_coef entropy_coef sample_steps cliprange_high"
         _require_each(self, "a number >= 0", lambda v: v >= 0, non_negative)
         _require_each(self, "a number in [0, 1]", lambda v: 0 <= v <= 1, "gamma lam")
         _require_each(self, "a number in [0, 1)", lambda v: 0 <= v < 1, "cliprange")
         _require_each(self, "a number > 1", lambda v: v > 1, "dual_clip")
+        if self.kl_target is not None:  # one update changes the coefficient by up to a fifth of batch_size / kl_horizon
+            least = self.batch_size / 5
+            _require(self.kl_horizon > least, "kl_horizon", f"a number > {least:g} (batch / 5)", self.kl_horizon)
         if not self.reward_model_path and not self.reward:
             raise ConfigError("reward_model_path: expected a reward model, or --reward module:function, got neither")
         for name in self.reward:

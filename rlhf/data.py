@@ -12,6 +12,7 @@ import hashlib
 import json
 import math
 import random
+import zlib
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -24,6 +25,7 @@ from rlhf.config import UsageError
 TEXT_SUFFIXES = (".txt", ".txt.gz")
 JSONL_SUFFIXES = (".jsonl", ".jsonl.gz")
 TABLE_SUFFIXES = {".json": "json", ".csv": "csv", ".parquet": "parquet"}
+ROW_COLUMNS = ("prompt", "completion", "chosen", "rejected", "messages", "text")
 DIALOGUE_TURN = "\n\nAssistant:"  # marks the answer in dialogues written as one string, hh-rlhf's format
 
 
@@ -72,9 +74,11 @@ class Dataset:
         return Dataset(parts[0], self.notes), Dataset(parts[1], {})
 
     def fingerprint(self) -> str:
+        """Of all that training reads. Of a column that is no JSON the type counts: its repr may hold an address."""
         digest = hashlib.sha256()
-        for example in self.examples:
-            digest.update(repr((example.prompt, example.completions)).encode())
+        for e in self.examples:
+            row = e.prompt, e.completions, e.text, e.columns
+            digest.update(json.dumps(row, default=lambda value: type(value).__name__).encode())
         return digest.hexdigest()
 
 
@@ -99,7 +103,7 @@ def read_text(path: str) -> str:
     try:
         with opener(path, "rt", encoding="utf-8") as file:
             return file.read()
-    except (OSError, EOFError, UnicodeDecodeError) as error:
+    except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
         raise DataError(f"{path}: cannot be read: {error}") from error
 
 
@@ -134,7 +138,7 @@ def _read_jsonl(path: str) -> Iterator[tuple[str, dict]]:
         raise DataError(f"{path}:{number}: not valid JSON: {error.msg} at column {error.colno}") from error
     except UnicodeDecodeError as error:
         raise DataError(f"{path}:{number}: not UTF-8: {error.reason} at byte {error.start}") from error
-    except (OSError, EOFError) as error:
+    except (OSError, EOFError, zlib.error) as error:
         raise DataError(f"{path}:{number}: cannot be read: {error}") from error
 
 
@@ -157,16 +161,21 @@ def _read_with_datasets(name: str, split: str) -> Iterator[tuple[str, dict]]:
 def parse(where: str, row: dict, answers: tuple[str, ...], tokenizer) -> Example:
     """A row as a prompt and the answers it was asked for: ("completion",), ("chosen", "rejected") or () for none.
 
-    `messages` are a prompt and a last turn; `text` has an empty prompt; chosen and rejected without a prompt have
-    their common beginning taken as the prompt. prompt + completion gives the row's text back exactly.
+    `messages` are a prompt and a last turn, or for no answers a prompt alone unless the assistant has the last turn;
+    `text` has an empty prompt; chosen and rejected without a prompt have their common beginning taken as the prompt.
+    prompt + completion gives the row's text back exactly.
     """
     row = {name: value for name, value in row.items() if value is not None}
-    if "messages" in row and "prompt" not in row:
+    if empty := [name for name in ROW_COLUMNS if row.get(name) == []]:
+        raise DataError(f"{where}: {empty[0]}: expected messages, got an empty list")
+    derived = "prompt" not in row
+    if derived and "messages" in row:
         turns = _typed(where, row, "messages", list)
-        row |= {"prompt": turns[:-1], "completion": turns[-1:]}
-    elif "text" in row and "prompt" not in row:
+        open_ended = not answers and turns[-1]["role"] != "assistant"
+        row |= {"prompt": turns} if open_ended else {"prompt": turns[:-1], "completion": turns[-1:]}
+    elif derived and "text" in row:
         row |= {"prompt": "", "completion": _typed(where, row, "text", str)}
-    elif "prompt" not in row and "chosen" in row and "rejected" in row:
+    elif derived and "chosen" in row and "rejected" in row:
         kind = type(row["chosen"])
         chosen, rejected = _typed(where, row, "chosen", kind), _typed(where, row, "rejected", kind)
         cut = _shared_prompt(chosen, rejected)
@@ -174,10 +183,11 @@ def parse(where: str, row: dict, answers: tuple[str, ...], tokenizer) -> Example
     missing = [name for name in ("prompt", *answers) if name not in row]
     if missing:
         raise DataError(f"{where}: expected the column {missing[0]!r}, got {', '.join(row) or 'an empty row'}")
+    if not answers and derived and not row["prompt"]:
+        raise DataError(f"{where}: no prompt to continue: give rows with a column `prompt`, or messages of the user")
     kind = list if isinstance(row["prompt"], list) else str
     prompt, *completions = (_typed(where, row, name, kind) for name in ("prompt", *answers))
-    used = {"prompt", "completion", "chosen", "rejected", "messages", "text"}
-    columns = {name: value for name, value in row.items() if name not in used}
+    columns = {name: value for name, value in row.items() if name not in ROW_COLUMNS}
     if kind is list:
         prompt, completions = _render(where, prompt, completions, tokenizer)
     return Example(where, prompt, completions, kind is list, columns)
@@ -229,11 +239,12 @@ def load(
     answers: tuple[str, ...],  # see parse
     max_length: int,
     eos_ids: tuple[int, ...],
+    vocab_size: int | None = None,  # of the model, which can't read ids from it on
 ) -> Dataset:
     """Every row of a file or hub dataset, by `tokenize`; a plain text for completions becomes blocks of max_length."""
     if name.endswith(TEXT_SUFFIXES) and answers == ("completion",):
-        return _blocks(name, tokenizer, max_length)
-    dataset = tokenize(read_rows(name, split), tokenizer, answers, max_length, eos_ids)
+        return _blocks(name, tokenizer, max_length, vocab_size)
+    dataset = tokenize(read_rows(name, split), tokenizer, answers, max_length, eos_ids, vocab_size)
     if not len(dataset):
         raise DataError(f"{name}: no usable row")
     return dataset
@@ -245,6 +256,7 @@ def tokenize(
     answers: tuple[str, ...],
     max_length: int,
     eos_ids: tuple[int, ...],
+    vocab_size: int | None = None,
 ) -> Dataset:
     """Rows as tokens, cut to max_length: a prompt loses its head, a completion its tail."""
     examples = [parse(where, row, answers, tokenizer) for where, row in rows]
@@ -252,6 +264,7 @@ def tokenize(
         raise DataError(f"{mixed.where}: mixes messages and text in one dataset")
     kept, notes = [], Counter(rows=len(examples))
     for example, prompt, completions in _encode(examples, tokenizer, eos_ids):
+        _refuse_unknown(example.where, chain(prompt, *completions), tokenizer, vocab_size)
         if not example.prompt and not all(example.completions):
             notes["dropped_empty"] += 1
         elif len(completions) == 2 and completions[0] == completions[1]:
@@ -281,7 +294,7 @@ def _encode(examples: list[Example], tokenizer, eos_ids: tuple[int, ...]) -> Ite
     whole = iter(_token_ids(tokenizer, texts, special))
     alone = iter(_token_ids(tokenizer, list(chain.from_iterable(e.completions for e in examples)), False))
     for example, prompt in zip(examples, prompts):
-        if special and prompt and prompt[-1] in eos_ids:
+        if special and len(prompt) > 1 and prompt[-1] in eos_ids:  # one alone begins the text: BOS may equal EOS
             prompt = prompt[:-1]  # tokenizers that end every text end the prompt too
         completions = []
         for _ in example.completions:
@@ -311,9 +324,20 @@ def _start_id(tokenizer, eos_ids: tuple[int, ...]) -> int:
     return start
 
 
-def _blocks(path: str, tokenizer, max_length: int) -> Dataset:
+def _refuse_unknown(where: str, ids: Iterable[int], tokenizer, vocab_size: int | None) -> None:
+    highest = max(ids, default=0)
+    if vocab_size is not None and highest >= vocab_size:
+        token = tokenizer.convert_ids_to_tokens(highest)
+        raise DataError(
+            f"{where}: the model's embedding of {vocab_size} tokens has none for {token!r} ({highest}): resize the "
+            "embedding, or take that token out of the tokenizer"
+        )
+
+
+def _blocks(path: str, tokenizer, max_length: int, vocab_size: int | None) -> Dataset:
     """A plain text in consecutive blocks, the first token of each its prompt. What fills no block is dropped."""
     ids = _token_ids(tokenizer, [read_text(path)], False)[0]
+    _refuse_unknown(path, ids, tokenizer, vocab_size)
     blocks = [ids[i : i + max_length] for i in range(0, len(ids) - max_length + 1, max_length)]
     if not blocks:
         raise DataError(f"{path}: {len(ids)} tokens are fewer than one block: lower max_length from {max_length}")

@@ -10,6 +10,7 @@ import importlib.util
 import json
 import math
 import random
+import shutil
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -27,6 +28,7 @@ from rlhf.reward import Reward, function_reward, model_reward, score_rollout
 from rlhf.rollout import Sampling, generate
 from rlhf.types import PromptBatch, Rollout, TrainResult
 
+STAGES = ("base", "sft", "reward", "ppo-proxy", "ppo-gold")  # a folder each
 GOLD = "rlhf.task:gold_reward"
 GOLD_BETA = 0.4  # reward per nat: the KL penalty of the known optimum
 PROXY_BETA = 0.2  # the proxy has deviation 1 on reviews, the gold reward 1.6
@@ -36,9 +38,10 @@ PPO_STEPS = 50
 RESPONSE_LENGTH = 28  # the longest review has 24 words
 BATCH = 1_024  # sequences in one pass of an evaluation
 SAMPLES = 8_192  # behind each figure of the table; the standard error of the SFT model's gold reward is 0.02
-CURVE_SAMPLES, CURVE_STEPS = 256, 2  # behind each point of the curve, and the PPO steps between points
+CURVE_SAMPLES = 256  # behind each point of the curve
+CURVE_STEPS = {*range(1, 12), *range(12, PPO_STEPS, 4), PPO_STEPS}  # most is learnt in the first dozen
 NEEDED_GAIN, NEEDED_SCORE = 1.0, 0.9
-FRONTIER = [20 * 0.9**i for i in range(42)]  # KL penalties from 20 to 0.27, for the picture
+FRONTIER = [20 * 0.9**i for i in range(47)]  # KL penalties from 20 to 0.16, for the picture
 
 
 @dataclass(frozen=True)
@@ -49,7 +52,6 @@ class Measurement:
     gold: Tensor  # (N,)
     kl: Tensor  # (N,) log p - log ref of the whole response, in nats
     completions: list[str]
-    finished: Tensor  # (N,) bool
 
     def means(self) -> dict[str, float]:
         return {name: float(getattr(self, name).mean()) for name in ("proxy", "gold", "kl")}
@@ -70,10 +72,10 @@ class Judge:
             logprobs, _ = response_logprobs(policy, rollout.sequences)
             reference, _ = response_logprobs(self.reference, rollout.sequences)
             kl = (logprobs - reference).sum(1)
-            parts.append((*rewards, kl.cpu(), rollout.completions, rollout.finished.cpu()))
-        proxy, gold, kl, completions, finished = zip(*parts)
+            parts.append((*rewards, kl.cpu(), rollout.completions))
+        *columns, completions = zip(*parts)
         texts = [text for part in completions for text in part]
-        return Measurement(torch.cat(proxy), torch.cat(gold), torch.cat(kl), texts, torch.cat(finished))
+        return Measurement(*map(torch.cat, columns), texts)
 
 
 @dataclass(frozen=True)
@@ -87,16 +89,26 @@ class Stage:
     curve: list[dict[str, float]] = field(default_factory=list)  # means along the way, with the step
 
     def figures(self) -> dict:
-        means = self.result.means() if self.result else {}
-        return {"name": self.name, "seconds": self.seconds, **self.fit, **means, "curve": self.curve}
+        found = {**self.result.means(), "samples": self.result.completions[:3]} if self.result else {}
+        return {"name": self.name, "seconds": self.seconds, **self.fit, **found, "curve": self.curve}
 
 
 def main(config: DemoConfig) -> None:
     """Runs the demo; everything lands in output_dir. Exits with status 1 and one line if PPO did not learn."""
     if not importlib.util.find_spec("matplotlib"):
         raise UsageError("the demo draws curve.png: pip install matplotlib")
+    make_room(Path(config.output_dir))
     with one_thread():
         run(config, Path(config.output_dir))
+
+
+def make_room(folder: Path) -> None:
+    """Removes the stages of an earlier demo, and refuses a folder where others have theirs."""
+    stages = [folder / name for name in STAGES if (folder / name).exists()]
+    if stages and not (folder / "reviews.jsonl").exists():
+        raise UsageError(f"output_dir: {stages[0]} is there and not of an earlier demo: use another output_dir")
+    for stage in stages:
+        shutil.rmtree(stage)
 
 
 @contextmanager
@@ -198,7 +210,7 @@ def train_ppo(config: DemoConfig, folder: Path, judge: Judge, before: Measuremen
     curve = [{"step": 0, **before.means()}]
 
     def watch(step: int, policy: LanguageModel, metrics: dict[str, float]) -> None:
-        if step % CURVE_STEPS == 0:
+        if step in CURVE_STEPS:
             curve.append({"step": step, **judge.measure(policy, CURVE_SAMPLES, config.seed, 2, step).means()})
 
     goal = {
@@ -219,6 +231,7 @@ def train_ppo(config: DemoConfig, folder: Path, judge: Judge, before: Measuremen
         temperature=1.0,
         missing_eos_penalty=MISSING_EOS_PENALTY,
         learning_rate=1e-3,
+        warmup_steps=10,
         sample_steps=0,
     )
     result, seconds = timed(ppo.train, ppo_config, watch)
@@ -283,8 +296,8 @@ def show(summary: dict, folder: Path) -> None:
 
     table = Table(title="rlhf demo", caption=f"rewards and KL (nats): means of {summary['samples']:,} fresh samples")
     table.add_column("stage", no_wrap=True)
-    for name in ("seconds", "loss or accuracy", "proxy reward", "gold reward", "KL to SFT"):
-        table.add_column(name, justify="right")
+    for name in ("seconds", "loss or accuracy", "proxy\nreward", "gold\nreward", "KL to\nSFT"):
+        table.add_column(name, justify="right", no_wrap=True)
     for stage in summary["stages"]:
         fit = next(f"{name} {stage[name]:.3f}" for name in ("loss", "accuracy", "value loss") if name in stage)
         means = (f"{stage[name]:.2f}" if name in stage else "" for name in ("proxy", "gold", "kl"))
@@ -316,7 +329,7 @@ def draw(path: Path, stages: list[Stage]) -> None:
     for curve, reward, color, label in lines:
         for panel, across in ((over_steps, "step"), (over_kl, "kl")):
             x, y = ([point[key] for point in curve] for key in (across, reward))
-            panel.plot(x, y, color=color, label=label, marker=".", linewidth=1.2)
+            panel.plot(x, y, color=color, label=label, marker="o", markersize=3.5, linewidth=0.8)
     frontier = [task.known_optimum(stages[0].result.gold, beta) for beta in FRONTIER]
     over_kl.plot([o.kl for o in frontier], [o.reward for o in frontier], "k--", label="best gold reward at this KL")
     over_steps.set(

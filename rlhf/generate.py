@@ -5,8 +5,8 @@ from __future__ import annotations
 from itertools import islice
 from pathlib import Path
 
-from rlhf.config import GenerateConfig
-from rlhf.data import read_rows, tokenize
+from rlhf.config import GenerateConfig, UsageError
+from rlhf.data import DataError, read_rows, tokenize
 from rlhf.log import save_config, show_table, write_samples
 from rlhf.model import check_context, load_language_model
 from rlhf.rollout import Sampling, generate
@@ -15,11 +15,16 @@ from rlhf.types import PromptBatch
 
 def main(config: GenerateConfig) -> list[dict]:
     """The samples: rows of prompt, completion and whether it ended."""
+    folder = Path(config.output_dir)
+    if (folder / "metrics.jsonl").exists():
+        raise UsageError(f"output_dir: {folder} holds a training run: use another output_dir for samples")
     model = load_language_model(config.model_name_or_path, config)
     rows = [(f"prompt {i}", {"prompt": text}) for i, text in enumerate(config.prompt, start=1)]
     if config.dataset_name:
         rows += islice(read_rows(config.dataset_name, config.dataset_split), config.num_prompts)
-    data = tokenize(rows, model.tokenizer, (), config.max_prompt_length, model.eos_ids)
+    if not rows:
+        raise DataError(f"{config.dataset_name}: no usable row")
+    data = tokenize(rows, model.tokenizer, (), config.max_prompt_length, model.eos_ids, model.vocab_size)
     check_context(model, data.longest_prompt + config.max_new_tokens, "longest prompt + max_new_tokens")
     examples = [example for example in data.examples for _ in range(config.num_return_sequences)]
     prompts = PromptBatch([e.prompt for e in examples], [e.text for e in examples], {})
@@ -27,7 +32,7 @@ def main(config: GenerateConfig) -> list[dict]:
     columns = prompts.texts, rollout.completions, rollout.finished.tolist()
     samples = [{"prompt": p, "completion": c, "finished": f} for p, c, f in zip(*columns)]
     save_config(config)
-    (Path(config.output_dir) / "samples.jsonl").unlink(missing_ok=True)
-    write_samples(Path(config.output_dir), samples)
+    (folder / "samples.jsonl").unlink(missing_ok=True)
+    write_samples(folder, samples)
     show_table(config.model_name_or_path, samples)
     return samples

@@ -6,8 +6,10 @@ import json
 import math
 import os
 import resource
+import shutil
 import sys
 import time
+from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 
@@ -19,6 +21,8 @@ from rlhf.checkpoint import (
     CheckpointError,
     Stopped,
     StopSignal,
+    check_finite,
+    checkpoint_path,
     identity_of,
     list_checkpoints,
     load_checkpoint,
@@ -31,6 +35,8 @@ from rlhf.config import RunConfig, TrainConfig, UsageError
 from rlhf.data import Dataset
 from rlhf.model import LanguageModel, Scorer, choose_device, save
 from rlhf.types import TrainResult
+
+LOGS = ("metrics.jsonl", "samples.jsonl")  # rows with their step
 
 
 class Run:
@@ -52,16 +58,14 @@ class Run:
         total: int,
     ):
         self.config, self.modules, self.optimizer, self.total = config, modules, optimizer, total
-        self.folder = Path(config.output_dir)
-        self.folder.mkdir(parents=True, exist_ok=True)
+        self.folder = make_folder(config)
         self.identity = identity_of(config, dataset.fingerprint())
-        self.state: dict = {}  # the trainer's own numbers, part of every checkpoint
+        self.state: dict = {"metrics": {}}  # the last step's, and the trainer's own numbers: part of every checkpoint
         self.completed = 0
-        self.metrics: dict[str, float] = {}
         self.stop = StopSignal()
         seed_generators(config.seed)
         self._resume()
-        for name in ("metrics.jsonl", "samples.jsonl"):
+        for name in LOGS:
             _keep_until(self.folder / name, self.completed)
         save_config(config)
         device, dtype = choose_device(config)
@@ -70,12 +74,10 @@ class Run:
 
     def _resume(self) -> None:
         choice, found = self.config.resume, list_checkpoints(self.folder)
-        if choice == "no":
-            if found:
-                way_out = "use --resume auto to continue it, or another output_dir"
-                raise CheckpointError(f"{self.folder}: holds checkpoints of an earlier run: {way_out}")
-            return
-        for path in found if choice == "auto" else [Path(choice)]:
+        candidates = {"no": [], "auto": found}.get(choice, [Path(choice)])
+        if choice != "auto" and not any(path.resolve().parent == self.folder.resolve() for path in candidates):
+            self._refuse_an_earlier_run(found)
+        for path in candidates:
             if problem := problem_with(path):
                 if choice != "auto":
                     raise CheckpointError(f"{path}: {problem}")
@@ -83,7 +85,20 @@ class Run:
                 continue
             self.completed, self.state = load_checkpoint(path, self.modules, self.optimizer, self.identity)
             say(f"continuing from {path}")
+            for newer in found:
+                if newer.name > checkpoint_path(self.folder, self.completed).name:
+                    say(f"{newer}: removed, as the run goes on from before it")
+                    shutil.rmtree(newer)
             return
+        if candidates:
+            way_out = "remove them to start from scratch, or use another output_dir"
+            raise CheckpointError(f"{self.folder}: none of its {len(found)} checkpoints is whole: {way_out}")
+
+    def _refuse_an_earlier_run(self, checkpoints: list[Path]) -> None:
+        files = [self.folder / name for name in LOGS]
+        if checkpoints or (self.folder / "final").exists() or any(f.exists() and f.stat().st_size for f in files):
+            way_out = f"use --resume auto to {'continue' if checkpoints else 'write over'} it, or another output_dir"
+            raise CheckpointError(f"{self.folder}: holds an earlier run: {way_out}")
 
     def __enter__(self) -> Run:
         from tqdm import tqdm
@@ -92,7 +107,6 @@ class Run:
         self._metrics_file = (self.folder / "metrics.jsonl").open("a", encoding="utf-8")
         self._bar = tqdm(total=self.total, initial=self.completed, disable=None, desc=self.folder.name)
         self._tracker = _tensorboard(self.folder) if self.config.report_to == "tensorboard" else None
-        self._since = time.perf_counter()
         return self
 
     def __exit__(self, kind, error, trace) -> None:
@@ -111,16 +125,17 @@ class Run:
     def stopping(self) -> bool:
         return self.stop.received
 
-    def steps(self) -> range:
-        return range(self.completed, self.total)
+    def steps(self) -> Iterator[int]:
+        for step in range(self.completed, self.total):
+            self._since = time.perf_counter()
+            yield step
 
     def finish(self, step: int, metrics: dict[str, float]) -> dict[str, float]:
         """Logs a step that is done, and returns its metrics (which count `tokens`) with time and memory added."""
-        now = time.perf_counter()
-        seconds = now - self._since
+        seconds = time.perf_counter() - self._since
         metrics = metrics | {"timing/step": seconds, "tokens_per_second": metrics["tokens"] / seconds}
         metrics["memory/peak_gb"] = _peak_memory()
-        self._since, self.completed, self.metrics = now, step + 1, metrics
+        self.completed, self.state["metrics"] = step + 1, metrics
         shown = {name: value if math.isfinite(value) else None for name, value in metrics.items()}
         self._metrics_file.write(json.dumps({"step": step + 1, **shown}) + "\n")
         self._metrics_file.flush()
@@ -144,9 +159,10 @@ class Run:
 
     def result(self, model: LanguageModel | Scorer) -> TrainResult:
         """Writes final/."""
+        check_finite(self.completed, self.modules)
         with replacing(self.folder / "final") as folder:
             save(model, folder)
-        return TrainResult(self.folder, self.folder / "final", self.completed, self.metrics)
+        return TrainResult(self.folder, self.folder / "final", self.completed, self.state["metrics"])
 
 
 class Clock:
@@ -165,11 +181,18 @@ def say(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
 
 
+def make_folder(config: RunConfig) -> Path:
+    folder = Path(config.output_dir)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UsageError(f"output_dir: cannot be made: {error}") from error
+    return folder
+
+
 def save_config(config: RunConfig) -> None:
     """config.yaml, which --config takes."""
-    folder = Path(config.output_dir)
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "config.yaml").write_text(yaml.safe_dump(asdict(config), sort_keys=False), encoding="utf-8")
+    (make_folder(config) / "config.yaml").write_text(yaml.safe_dump(asdict(config), sort_keys=False), encoding="utf-8")
 
 
 def write_samples(folder: Path, rows: list[dict]) -> None:
@@ -194,11 +217,13 @@ def show_table(title: str, rows: list[dict]) -> None:
 
 def _keep_until(path: Path, step: int) -> None:
     """Drops the lines after a step: a continued run writes them again."""
-    if path.exists():
-        lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-        kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
+    if step == 0:
+        path.unlink(missing_ok=True)
+    elif path.exists():
+        with path.open("rb") as file:
+            kept = [line for line in file if line.endswith(b"\n") and json.loads(line)["step"] <= step]
         temporary = path.with_suffix(".tmp")
-        temporary.write_text("".join(kept), encoding="utf-8")
+        temporary.write_bytes(b"".join(kept))
         os.replace(temporary, path)
 
 

@@ -83,7 +83,8 @@ def load_language_model(path: str, config: RunConfig) -> LanguageModel:
 
     device, dtype = choose_device(config)
     tokenizer = load_tokenizer(path)
-    module = _load(AutoModelForCausalLM.from_pretrained, path, dtype=torch.float32, **_attention(path))
+    module, missing = _load_module(AutoModelForCausalLM, path)
+    _refuse_missing(path, missing)
     return LanguageModel(module.to(device).eval(), tokenizer, *_special(module, tokenizer), dtype)
 
 
@@ -94,17 +95,18 @@ def load_scorer(path: str, config: RunConfig, head: Literal["keep", "random", "z
 
     device, dtype = choose_device(config)
     tokenizer = load_tokenizer(path)
-    options = {"num_labels": 1, "dtype": torch.float32, "output_loading_info": True, **_attention(path)}
     with torch.random.fork_rng():
-        module, info = _load(AutoModelForSequenceClassification.from_pretrained, path, **options)
+        module, missing = _load_module(AutoModelForSequenceClassification, path, num_labels=1)
     if not isinstance(getattr(module, "score", None), nn.Linear):
         raise ModelError(f"{path}: {type(module).__name__} has no linear `score` head: expected a decoder")
-    if any(name.startswith("score.") for name in info["missing_keys"]):
+    _refuse_missing(path, {name for name in missing if not name.startswith("score.")})
+    if missing:
         if head == "keep":
             raise ModelError(f"{path}: has no reward head: train one with `rlhf reward`")
         _init_head(module.score, head, config.seed)
-    module.config.pad_token_id = tokenizer.pad_token_id  # where transformers' own forward looks for the last token
-    return Scorer(module.to(device).eval(), tokenizer, *_special(module, tokenizer), dtype)
+    scorer = Scorer(module.to(device).eval(), tokenizer, *_special(module, tokenizer), dtype)
+    module.config.pad_token_id = scorer.pad_id  # transformers' own forward finds the last token by it
+    return scorer
 
 
 def frozen_copy(model: LanguageModel) -> LanguageModel:
@@ -112,12 +114,15 @@ def frozen_copy(model: LanguageModel) -> LanguageModel:
 
 
 def save(model: LanguageModel | Scorer, path: Path) -> None:
-    """As transformers and vLLM load it."""
+    """As transformers and vLLM load it. Sampling options of the base model are left out: training made them stale."""
+    from transformers import GenerationConfig
+
     if isinstance(model, LanguageModel):
-        generation = model.module.generation_config
-        generation.eos_token_id = list(model.eos_ids) or None
-        if generation.pad_token_id is None:
-            generation.pad_token_id = model.pad_id
+        model.module.generation_config = GenerationConfig(
+            bos_token_id=model.tokenizer.bos_token_id,
+            eos_token_id=list(model.eos_ids) or None,
+            pad_token_id=model.pad_id,
+        )
     model.module.save_pretrained(path)
     model.tokenizer.save_pretrained(path)
 
@@ -129,7 +134,8 @@ def same_vocabulary(a: LanguageModel | Scorer, b: LanguageModel | Scorer) -> boo
 def check_context(model: LanguageModel | Scorer, length: int, fields: str) -> None:
     limit = getattr(model.module.config.get_text_config(), "max_position_embeddings", None)
     if limit is not None and length > limit:
-        raise ModelError(f"{fields}: {length} tokens are more than the {limit} positions of the model")
+        name = model.module.name_or_path
+        raise ModelError(f"{fields}: {length} tokens are more than the {limit} positions of {name}")
 
 
 def _special(module: nn.Module, tokenizer) -> tuple[tuple[int, ...], int]:
@@ -156,6 +162,17 @@ def _load(loader, path: str, **options):
     except Exception as error:  # a damaged or foreign directory raises the types of five libraries
         reason = " ".join(str(error).split())
         raise ModelError(f"{path}: cannot be loaded: {reason}") from error
+
+
+def _load_module(auto_class, path: str, **options) -> tuple[nn.Module, set[str]]:  # and the weights it had to make up
+    options |= {"dtype": torch.float32, "output_loading_info": True, **_attention(path)}
+    module, info = _load(auto_class.from_pretrained, path, **options)
+    return module, set(info["missing_keys"])
+
+
+def _refuse_missing(path: str, names: set[str]) -> None:
+    if names:
+        raise ModelError(f"{path}: has no weights for {', '.join(sorted(names))[:200]}: is it a model of another kind?")
 
 
 def _attention(path: str) -> dict[str, str]:

@@ -43,23 +43,35 @@ def schedule(config: TrainConfig, step: int, total: int) -> float:
 class StepGuard:
     """Optimizer steps that skip what is not finite, and give up after `patience` skips in a row."""
 
-    def __init__(self, optimizer: torch.optim.Optimizer, modules: list[nn.Module], max_norm: float, patience: int = 3):
+    def __init__(
+        self,
+        optimizer: torch.optim.Optimizer,
+        modules: list[nn.Module],
+        max_norm: float,
+        state: dict | None = None,  # keeps the counts: a run's, so that its checkpoints have them
+        patience: int = 3,
+    ):
         self.optimizer, self.modules, self.max_norm, self.patience = optimizer, modules, max_norm, patience
-        self.skipped = self.in_a_row = 0
+        self.state = {} if state is None else state
+        self.state |= {"skipped": 0, "skipped_in_a_row": 0} | self.state
+
+    @property
+    def skipped(self) -> int:
+        return self.state["skipped"]
 
     def step(self, loss: float) -> float:
         """Clips each module's gradients to max_norm, updates, clears them; returns the largest norm before clipping."""
         norms = [float(nn.utils.clip_grad_norm_(module.parameters(), self.max_norm)) for module in self.modules]
         if math.isfinite(loss) and all(map(math.isfinite, norms)):
             self.optimizer.step()
-            self.in_a_row = 0
+            self.state["skipped_in_a_row"] = 0
         else:
-            self.skipped += 1
-            self.in_a_row += 1
+            self.state["skipped"] += 1
+            self.state["skipped_in_a_row"] += 1
         self.optimizer.zero_grad(set_to_none=True)
-        if self.in_a_row >= self.patience:
+        if (skips := self.state["skipped_in_a_row"]) >= self.patience:
             raise TrainingDiverged(
-                f"loss {loss} with gradient norms {norms}: {self.in_a_row} optimizer steps in a row were not finite; "
+                f"loss {loss} with gradient norms {norms}: {skips} optimizer steps in a row were not finite; "
                 "lower learning_rate or look at the rewards"
             )
         return max(norms)

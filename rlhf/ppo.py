@@ -23,7 +23,6 @@ from rlhf.model import (
     LanguageModel,
     ModelError,
     Scorer,
-    check_context,
     frozen_copy,
     load_language_model,
     load_scorer,
@@ -40,18 +39,18 @@ def train(
     on_step: Callable[[int, LanguageModel, dict[str, float]], None] | None = None,
 ) -> TrainResult:
     models = load_models(config)
-    policy, size, limit = models.policy, config.batch_size, config.max_prompt_length
-    data = load(config.dataset_name, config.dataset_split, policy.tokenizer, (), limit, policy.eos_ids)
-    check_context(policy, data.longest_prompt + config.response_length, "longest prompt + response_length")
+    policy, size, source = models.policy, config.batch_size, (config.dataset_name, config.dataset_split)
+    data = load(*source, policy.tokenizer, (), config.max_prompt_length, policy.eos_ids, policy.vocab_size)
+    models.check_context(data.longest_prompt + config.response_length, "longest prompt + response_length")
     value_rate = config.value_learning_rate or config.learning_rate
     trained = [(policy.module, config.learning_rate), (models.value.module, value_rate)]
     optimizer = make_optimizer(trained, config)
-    guard = StepGuard(optimizer, [module for module, _ in trained], config.max_grad_norm)
     sampling = Sampling(config.response_length, config.temperature)
     total = config.max_steps if config.max_steps > 0 else math.ceil(config.total_episodes / size)
 
     with Run(config, {"policy": policy.module, "value": models.value.module}, optimizer, data, total) as run:
         kl = KLController(run.state.get("kl_coef", config.kl_coef), config.kl_target, config.kl_horizon)
+        guard = StepGuard(optimizer, [module for module, _ in trained], config.max_grad_norm, run.state)
         for step in run.steps():
             run.poll()
             clock = Clock()
@@ -71,9 +70,9 @@ def train(
             metrics |= {"lr": rate, "episode": (step + 1) * size, "skipped_steps": guard.skipped}
             kl = kl.update(metrics["objective/kl"], size)
             run.state["kl_coef"] = kl.coef
-            metrics = run.finish(step, metrics)
             if config.sample_steps and step % config.sample_steps == 0:
                 run.samples(step, samples(rollout, experience))
+            metrics = run.finish(step, metrics)
             if on_step:
                 on_step(step + 1, policy, metrics)
         return run.result(policy)

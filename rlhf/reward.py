@@ -26,6 +26,7 @@ class RewardError(UsageError):
 class Reward:
     name: str
     score: Callable[[Rollout], list[float]]  # one finite number a response
+    reader: Scorer | None = None  # the reward model, where it reads the policy's tokens as they are
 
 
 def load_rewards(config: PPOConfig, policy: LanguageModel) -> list[Reward]:
@@ -41,13 +42,16 @@ def score_rollout(
     rewards: list[Reward],
     rollout: Rollout,
     missing_eos_penalty: float | None,
+    score_clip: float | None = None,
 ) -> tuple[Tensor, dict[str, float]]:  # (B,) float32, on the CPU; mean of each reward
-    """The sum of all rewards, less the penalty where a response did not end."""
-    parts = {reward.name: torch.tensor(reward.score(rollout), dtype=torch.float32) for reward in rewards}
-    total = torch.stack(list(parts.values())).sum(0)
+    """The sum of all rewards, clipped, less the penalty where a response did not end."""
+    parts = torch.tensor([reward.score(rollout) for reward in rewards], dtype=torch.float32)
+    total = parts.sum(0)
+    if score_clip is not None:
+        total = total.clamp(-score_clip, score_clip)
     if missing_eos_penalty is not None:
         total = total - missing_eos_penalty * (~rollout.finished.cpu()).float()
-    return total, {f"rewards/{name}": float(scores.mean()) for name, scores in parts.items()}
+    return total, {f"rewards/{reward.name}": float(scores.mean()) for reward, scores in zip(rewards, parts)}
 
 
 # Reward functions
@@ -75,8 +79,8 @@ def _find(name: str) -> Callable:
         sys.path.append(os.getcwd())  # for good: the function may import its neighbours when called
     try:
         function = getattr(importlib.import_module(module_name), attribute)
-    except (ImportError, AttributeError) as error:
-        raise RewardError(f"reward {name}: {error}") from error
+    except Exception as error:  # importing runs a user's code
+        raise RewardError(f"reward {name}: {type(error).__name__}: {error}") from error
     if not callable(function):
         raise RewardError(f"reward {name}: expected a function, got {type(function).__name__}")
     return function
@@ -111,7 +115,7 @@ def model_reward(scorer: Scorer, policy: LanguageModel, batch_size: int) -> Rewa
         scores = torch.cat([sequence_scores(scorer, sequences.rows(part)) for part in parts]).tolist()
         return _checked("model", scores, rollout)
 
-    return Reward("model", score)
+    return Reward("model", score, scorer if shared else None)
 
 
 def _retokenize(scorer: Scorer, rollout: Rollout) -> SequenceBatch:

@@ -12,7 +12,7 @@ from rlhf.log import Run
 from rlhf.losses import preference_loss
 from rlhf.model import Scorer, check_context, load_scorer, sequence_scores
 from rlhf.optim import StepGuard, make_optimizer, set_learning_rate
-from rlhf.types import PreferenceBatch, TrainResult, pad_sequences
+from rlhf.types import SequenceBatch, TrainResult, pad_sequences
 
 NORMALIZATION_PAIRS = 512  # 1,024 scores: their mean is within 0.03 deviations of that of all pairs
 
@@ -24,16 +24,16 @@ def train(
     """Starts from a language model, whose head gives way to a scalar one, or from a reward model."""
     model = load_scorer(config.model_name_or_path, config, head="random")
     check_context(model, config.max_length, "max_length")
-    pairs = ("chosen", "rejected")
-    data = load(config.dataset_name, config.dataset_split, model.tokenizer, pairs, config.max_length, model.eos_ids)
+    source, answers = (config.dataset_name, config.dataset_split), ("chosen", "rejected")
+    data = load(*source, model.tokenizer, answers, config.max_length, model.eos_ids, model.vocab_size)
     data, held_out = data.split(config.eval_fraction, config.seed)
-    _set_normalization(model, 0.0, 1.0)
+    _normalize(model, {})
     optimizer = make_optimizer([(model.module, config.learning_rate)], config)
-    guard = StepGuard(optimizer, [model.module], config.max_grad_norm)
     batch_size = config.per_device_train_batch_size * config.gradient_accumulation_steps
     windows = plan(len(data), batch_size, config.num_train_epochs, config.max_steps)
 
     with Run(config, {"model": model.module}, optimizer, data, len(windows)) as run:
+        guard = StepGuard(optimizer, [model.module], config.max_grad_norm, run.state)
         for step in run.steps():
             batch = data.window(*windows[step], config.seed)
             rate = set_learning_rate(optimizer, config, step, len(windows))
@@ -41,28 +41,30 @@ def train(
             for start in range(0, len(batch), config.per_device_train_batch_size):
                 run.poll()
                 micro = collate(batch[start : start + config.per_device_train_batch_size], model)
-                scores = sequence_scores(model, micro.sequences)
+                scores = sequence_scores(model, micro)
                 part, stats = preference_loss(scores, len(batch), config.center_rewards_coefficient)
                 part.backward()
                 loss += part.item()
-                tokens += int(micro.sequences.lengths.sum())
+                tokens += int(micro.lengths.sum())
                 sums += torch.stack(list(stats.values()))
             norm = guard.step(loss)
             metrics = {f"rewards/{name}": value / len(batch) for name, value in zip(stats, sums.tolist())}
             metrics |= {"loss": loss, "grad_norm": norm, "lr": rate, "epoch": windows[step][1] / len(data)}
             metrics |= {"tokens": tokens, "skipped_steps": guard.skipped}
             if step + 1 == len(windows):
-                metrics |= evaluate(model, held_out, config) | _normalize(model, data, config)
+                metrics |= evaluate(model, held_out, config) | statistics(model, data, config)
             metrics = run.finish(step, metrics)
             if on_step:
                 on_step(step + 1, model, metrics)
+        _normalize(model, run.state["metrics"])
         return run.result(model)
 
 
-def collate(examples: list[TokenExample], model: Scorer) -> PreferenceBatch:
+def collate(examples: list[TokenExample], model: Scorer) -> SequenceBatch:
+    """Both sides of a pair in one batch, so that one forward pass sees them: rows i (chosen) and N+i (rejected)."""
     prompts = [e.prompt for e in examples]
     chosen, rejected = zip(*(e.completions for e in examples))
-    return PreferenceBatch(pad_sequences(prompts * 2, [*chosen, *rejected], model.pad_id).to(model.device))
+    return pad_sequences(prompts * 2, [*chosen, *rejected], model.pad_id).to(model.device)
 
 
 @torch.no_grad()
@@ -74,7 +76,7 @@ def score_pairs(
     parts = []
     for start in range(0, len(data), batch_size):
         batch = collate(data.examples[start : start + batch_size], model)
-        parts.append(sequence_scores(model, batch.sequences).view(2, -1).cpu())
+        parts.append(sequence_scores(model, batch).view(2, -1).cpu())
     return torch.cat(parts, 1)
 
 
@@ -93,15 +95,16 @@ def evaluate(model: Scorer, data: Dataset, config: RewardConfig) -> dict[str, fl
     }
 
 
-def _normalize(model: Scorer, data: Dataset, config: RewardConfig) -> dict[str, float]:
+def statistics(model: Scorer, data: Dataset, config: RewardConfig) -> dict[str, float]:
+    """Of scores on the training data."""
     if not config.normalize_rewards:
         return {}
     sample = Dataset(data.window(0, min(len(data), NORMALIZATION_PAIRS), config.seed), {})
     scores = score_pairs(model, sample, config.per_device_train_batch_size)
-    mean, std = float(scores.mean()), float(scores.std())
-    _set_normalization(model, mean, std if std > 0 else 1.0)
-    return {"reward_mean": mean, "reward_std": std}
+    return {"reward_mean": float(scores.mean()), "reward_std": float(scores.std()) or 1.0}
 
 
-def _set_normalization(model: Scorer, mean: float, std: float) -> None:
-    model.module.config.reward_mean, model.module.config.reward_std = mean, std
+def _normalize(model: Scorer, metrics: dict[str, float]) -> None:
+    """By the statistics among the metrics, or not at all."""
+    model.module.config.reward_mean = metrics.get("reward_mean", 0.0)
+    model.module.config.reward_std = metrics.get("reward_std", 1.0)

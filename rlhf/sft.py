@@ -21,15 +21,14 @@ def train(
 ) -> TrainResult:
     model = load_language_model(config.model_name_or_path, config)
     check_context(model, config.max_length, "max_length")
-    data = load(
-        config.dataset_name, config.dataset_split, model.tokenizer, ("completion",), config.max_length, model.eos_ids
-    )
+    source = config.dataset_name, config.dataset_split
+    data = load(*source, model.tokenizer, ("completion",), config.max_length, model.eos_ids, model.vocab_size)
     optimizer = make_optimizer([(model.module, config.learning_rate)], config)
-    guard = StepGuard(optimizer, [model.module], config.max_grad_norm)
     batch_size = config.per_device_train_batch_size * config.gradient_accumulation_steps
     windows = plan(len(data), batch_size, config.num_train_epochs, config.max_steps)
 
     with Run(config, {"model": model.module}, optimizer, data, len(windows)) as run:
+        guard = StepGuard(optimizer, [model.module], config.max_grad_norm, run.state)
         for step in run.steps():
             batch = collate(data.window(*windows[step], config.seed), model, config.completion_only_loss)
             rate = set_learning_rate(optimizer, config, step, len(windows))

@@ -1,6 +1,6 @@
 """A task with a known best answer: reviews from a small grammar, a gold reward, noisy preferences, and the optimum.
 
-A review is two or three sentences ``the NOUN was [very] ADJ [and ADJ] .`` whose adjectives agree, four times in five,
+A review is two or three sentences ``the NOUN was [very] ADJ [and ADJ] .`` whose adjectives agree, nine times in ten,
 with the review's hidden sentiment. The gold reward wants grammatical reviews with many good words. Because the reward
 is programmatic and every prompt is the same, the best value any policy can reach under a KL penalty is known from
 samples of the reference alone, so a training run can be scored against it rather than merely seen to go up.
@@ -39,7 +39,7 @@ def sample_review(rng: random.Random) -> str:
     likes = rng.random() < 0.5
     sentences = []
     for _ in range(rng.choice((2, 3))):
-        adjectives = [rng.choice(GOOD if (rng.random() < 0.8) == likes else BAD) for _ in range(rng.choice((1, 2)))]
+        adjectives = [rng.choice(GOOD if (rng.random() < 0.9) == likes else BAD) for _ in range(rng.choice((1, 2)))]
         very = "very " if rng.random() < 0.3 else ""
         sentences.append(f"the {rng.choice(NOUNS)} was {very}{' and '.join(adjectives)} .")
     return " ".join(sentences)

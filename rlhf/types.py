@@ -63,7 +63,6 @@ class Experience:
     scores: Tensor  # (B,) float32
     advantages: Tensor | None = None  # (B, R) float32
     returns: Tensor | None = None  # (B, R) float32
-    rewards: Tensor | None = None  # (B, R) float32, KL penalty and score
     kl: Tensor | None = None  # (B, R) float32
 
     def rows(self, index: Tensor) -> Experience:
@@ -76,13 +75,6 @@ class Experience:
             if isinstance(value := getattr(self, f.name), Tensor)
         }
         return replace(self, sequences=sequences, **cut)
-
-
-@dataclass(frozen=True)
-class PreferenceBatch:
-    """Both sides of a pair stand in one batch, so that one forward pass sees them."""
-
-    sequences: SequenceBatch  # (2B, T): pair i is rows i (chosen) and B+i (rejected)
 
 
 @dataclass(frozen=True)

@@ -100,7 +100,7 @@ def call(op: torch._ops.OpOverload, *args):
 
 
 def once_differentiable(op: str) -> None:
-    """For the top of a backward: the gradient is formed by a kernel, so under create_graph it would be a silent constant."""
+    """For the top of a backward: a kernel forms the gradient, so under create_graph it would be a silent constant."""
     if torch.is_grad_enabled():
         raise RuntimeError(f"{op} is differentiable once: create_graph=True would treat its gradient as a constant")
 

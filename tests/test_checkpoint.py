@@ -10,8 +10,10 @@ import signal
 import subprocess
 import sys
 import textwrap
+import time
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy
 import pytest
@@ -19,8 +21,10 @@ import torch
 from torch import nn
 
 from rlhf import ppo, reward_model, sft
-from rlhf.checkpoint import CheckpointError, list_checkpoints, load_checkpoint, problem_with, save_checkpoint
-from rlhf.config import PPOConfig, RewardConfig, SFTConfig
+from rlhf.checkpoint import CheckpointError, list_checkpoints, load_checkpoint, problem_with, replacing, save_checkpoint
+from rlhf.config import PPOConfig, RewardConfig, SFTConfig, TrainingDiverged
+from rlhf.log import write_samples
+from rlhf.losses import completion_loss
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 TRAINERS = {"sft": sft, "reward": reward_model, "ppo": ppo}
@@ -41,12 +45,23 @@ def configs(tiny_model, tiny_reward_model, corpus, pairs, tmp_path) -> dict:
     }
 
 
-def outcome(folder: Path) -> tuple[bytes, list[dict]]:
-    """The final weights, and every metric that is not a measurement of time or memory."""
-    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+def outcome(folder: Path) -> tuple[bytes, bytes, list[dict]]:
+    """The final weights and configuration, and every metric that is not a measurement of time or memory."""
     measured = ("timing/", "memory/", "tokens_per_second")
-    rows = [{name: value for name, value in row.items() if not name.startswith(measured)} for row in rows]
-    return (folder / "final" / "model.safetensors").read_bytes(), rows
+    rows = [{name: row[name] for name in row if not name.startswith(measured)} for row in metrics_of(folder)]
+    return *((folder / "final" / name).read_bytes() for name in ("model.safetensors", "config.json")), rows
+
+
+def metrics_of(folder: Path) -> list[dict]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def names(folder: Path) -> list[str]:
+    return [path.name for path in list_checkpoints(folder)]
+
+
+def terminate() -> None:
+    os.kill(os.getpid(), signal.SIGTERM)
 
 
 def interrupt_at(step: int, action):
@@ -57,14 +72,15 @@ def interrupt_at(step: int, action):
 def test_a_stopped_run_continues_to_the_same_bytes(configs, tmp_path, kind):
     train, config = TRAINERS[kind].train, configs[kind]
     train(replace(config, output_dir=str(tmp_path / "whole"), save_steps=0))
-    terminate = interrupt_at(3, lambda: os.kill(os.getpid(), signal.SIGTERM))
     with pytest.raises(SystemExit) as stop:
-        train(replace(config, save_steps=0), on_step=terminate)
+        train(replace(config, save_steps=0), on_step=interrupt_at(3, terminate))
     assert stop.value.code == 143
-    assert [path.name for path in list_checkpoints(tmp_path / "run")] == ["checkpoint-000003"]
+    assert names(tmp_path / "run") == ["checkpoint-000003"]
     result = train(replace(config, resume="auto"))
     assert result.steps == 6 and outcome(tmp_path / "run") == outcome(tmp_path / "whole")
-    assert [row["step"] for row in outcome(tmp_path / "run")[1]] == [1, 2, 3, 4, 5, 6]
+    assert [row["step"] for row in metrics_of(tmp_path / "run")] == [1, 2, 3, 4, 5, 6]
+    again = train(replace(config, resume="auto"))  # from its last step: as after a kill before final/ is there
+    assert again.metrics == result.metrics and outcome(tmp_path / "run") == outcome(tmp_path / "whole")
 
 
 def test_killed_runs_continue_to_the_same_bytes(configs, tmp_path):
@@ -114,17 +130,90 @@ def test_the_newest_checkpoint_that_is_whole_is_taken(configs, tmp_path, capsys)
     weights.write_bytes(b"")
     with pytest.raises(CheckpointError, match="is missing or damaged"):
         sft.train(replace(config, resume=str(newest)))
+    (older / "state.json").unlink()
+    with pytest.raises(CheckpointError, match="none of its 2 checkpoints is whole: remove them"):
+        sft.train(replace(config, resume="auto"))
+    with pytest.raises(CheckpointError, match="final: no checkpoint but a model"):
+        sft.train(replace(config, resume=str(tmp_path / "run" / "final")))
+
+
+def test_going_back_leaves_no_checkpoint_of_the_abandoned_steps(configs, tmp_path):
+    config = replace(configs["sft"], save_total_limit=3)
+    sft.train(config)
+    assert names(tmp_path / "run") == ["checkpoint-000006", "checkpoint-000004", "checkpoint-000002"]
+    back = replace(config, save_steps=0, save_total_limit=1, resume=str(list_checkpoints(tmp_path / "run")[-1]))
+    with pytest.raises(SystemExit):
+        sft.train(back, on_step=interrupt_at(3, terminate))
+    assert names(tmp_path / "run") == ["checkpoint-000003"]
+    elsewhere = shutil.copytree(tmp_path / "run", tmp_path / "elsewhere")
+    with pytest.raises(CheckpointError, match="elsewhere: holds an earlier run"):
+        sft.train(replace(back, output_dir=str(elsewhere), resume=str(tmp_path / "run" / "checkpoint-000003")))
 
 
 def test_a_run_does_not_overwrite_or_continue_another(configs):
     config = configs["sft"]
     sft.train(replace(config, max_steps=2))
-    with pytest.raises(CheckpointError, match="holds checkpoints of an earlier run: use --resume auto"):
+    with pytest.raises(CheckpointError, match="holds an earlier run: use --resume auto to continue it"):
         sft.train(config)
     with pytest.raises(CheckpointError, match="max_steps was 2 and is now 6"):
         sft.train(replace(config, resume="auto"))
     with pytest.raises(CheckpointError, match=r"learning_rate was 0\.003 and is now 0\.1"):
         sft.train(replace(config, max_steps=2, learning_rate=0.1, resume="auto"))
+
+
+def test_the_metrics_and_model_of_a_run_without_checkpoints_are_kept(configs, tmp_path):
+    config = replace(configs["sft"], max_steps=1, save_steps=0)
+    sft.train(config)
+    (tmp_path / "model").mkdir()
+    (tmp_path / "run" / "final").rename(tmp_path / "model" / "final")
+    for folder in ("run", "model"):
+        with pytest.raises(CheckpointError, match="holds an earlier run: use --resume auto to write over it"):
+            sft.train(replace(config, output_dir=str(tmp_path / folder)))
+    sft.train(replace(config, resume="auto"))
+    assert [row["step"] for row in metrics_of(tmp_path / "run")] == [1]
+
+
+def test_samples_may_hold_every_kind_of_line_break(configs, tmp_path):
+    config = replace(configs["sft"], max_steps=2, save_steps=2)
+    sft.train(config)
+    for step in (1, 3):
+        write_samples(tmp_path / "run", [{"step": step, "completion": "a\u2028b\u2029c\u0085d\re\nf"}])
+    sft.train(replace(config, resume="auto"))
+    lines = (tmp_path / "run" / "samples.jsonl").read_text(encoding="utf-8").rstrip("\n").split("\n")
+    assert [json.loads(line) for line in lines] == [{"step": 1, "completion": "a\u2028b\u2029c\u0085d\re\nf"}]
+
+
+def test_skipped_steps_are_counted_across_a_restart(configs, tmp_path, monkeypatch):
+    """Two before it and one after are three in a row."""
+
+    def broken(logprobs, tokens):
+        return completion_loss(logprobs, tokens) * float("nan")
+
+    monkeypatch.setattr(sft, "completion_loss", broken)
+    with pytest.raises(SystemExit):
+        sft.train(configs["sft"], on_step=interrupt_at(2, terminate))
+    with pytest.raises(TrainingDiverged, match="3 optimizer steps in a row"):
+        sft.train(replace(configs["sft"], resume="auto"))
+    monkeypatch.undo()
+    sft.train(replace(configs["sft"], resume="auto"))
+    assert [row["skipped_steps"] for row in metrics_of(tmp_path / "run")] == [1, 2, 2, 2, 2, 2]
+
+
+def test_weights_that_are_not_finite_are_no_result(configs, tmp_path):
+    def spoil(step, model, metrics):
+        torch.nn.init.constant_(model.module.lm_head.weight, float("inf"))
+
+    with pytest.raises(TrainingDiverged, match="step 1: the weights of model are not finite and were not written"):
+        sft.train(replace(configs["sft"], max_steps=1, save_steps=0), on_step=spoil)
+    assert not (tmp_path / "run" / "final").exists()
+
+
+def test_a_step_is_timed_without_what_follows_it(configs, tmp_path, monkeypatch):
+    late = [0.0]
+    clock = SimpleNamespace(perf_counter=lambda: time.perf_counter() + late[0])
+    monkeypatch.setattr("rlhf.log.time", clock)
+    sft.train(replace(configs["sft"], max_steps=2), on_step=lambda *_: late.append(late.pop() + 1000))
+    assert all(row["timing/step"] < 1000 for row in metrics_of(tmp_path / "run"))
 
 
 def test_other_data_are_noticed(configs, tmp_path, corpus):
@@ -169,7 +258,7 @@ def test_no_checkpoint_is_written_of_weights_that_are_not_finite(module_and_opti
     module, optimizer = module_and_optimizer
     with torch.no_grad():
         module.weight[0, 0] = float("nan")
-    with pytest.raises(RuntimeError, match="the weights of model are not finite: no checkpoint is written"):
+    with pytest.raises(TrainingDiverged, match="step 1: the weights of model are not finite and were not written"):
         save_checkpoint(tmp_path, 1, {"model": module}, optimizer, {}, {}, keep=1)
     assert list(tmp_path.iterdir()) == []
 
@@ -184,6 +273,38 @@ def test_an_interrupted_save_leaves_no_checkpoint(module_and_optimizer, tmp_path
     with pytest.raises(OSError, match="no space left"):
         save_checkpoint(tmp_path, 1, {"model": module}, optimizer, {}, {}, keep=1)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_whole_checkpoint_is_neither_written_again_nor_dropped_for_a_damaged_one(module_and_optimizer, tmp_path):
+    module, optimizer = module_and_optimizer
+    (tmp_path / "checkpoint-000002").mkdir()
+
+    def save() -> Path:
+        return save_checkpoint(tmp_path, 1, {"model": module}, optimizer, {}, {}, keep=1)
+
+    path = save()
+    before = (path / "manifest.json").stat().st_ino
+    assert save() == path and (path / "manifest.json").stat().st_ino == before
+    (path / "model.safetensors").write_bytes(b"")
+    assert problem_with(save()) is None
+
+
+def test_a_folder_that_is_replaced_goes_when_the_new_one_is_there(tmp_path, monkeypatch):
+    target = tmp_path / "final"
+    for text in ("old", "new"):
+        with replacing(target) as folder:
+            (folder / "text").write_text(text)
+        assert (target / "text").read_text() == text and list(tmp_path.iterdir()) == [target]
+
+    def killed(path, to):
+        if to == target:
+            raise KeyboardInterrupt
+        os.rename(path, to)
+
+    monkeypatch.setattr(Path, "rename", killed)
+    with pytest.raises(KeyboardInterrupt), replacing(target) as folder:
+        (folder / "text").write_text("newest")
+    assert {path.read_text() for path in tmp_path.glob(".final.*/text")} == {"new", "newest"}
 
 
 def test_a_folder_without_manifest_is_no_checkpoint(tmp_path):

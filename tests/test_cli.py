@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 import time
@@ -11,6 +12,7 @@ from dataclasses import asdict
 import pytest
 import yaml
 from conftest import ROOT
+from tiny_models import write_jsonl
 
 from rlhf import config as configs
 from rlhf.cli import COMMANDS, main, parse_config
@@ -117,6 +119,25 @@ def test_data_and_model_errors_are_one_line(capsys, tiny_model, tmp_path):
     assert "reward nowhere:f: ModuleNotFoundError: No module named 'nowhere'" in told
 
 
+def test_models_and_data_that_do_not_fit_are_one_line(capsys, tiny_model, tiny_reward_model, tmp_path):
+    from transformers import AutoTokenizer
+
+    rows = write_jsonl(tmp_path / "rows.jsonl", [{"prompt": "the", "chosen": " new", "rejected": " film"}] * 4)
+    rows = ["--dataset_name", rows, "--output_dir", str(tmp_path / "out"), "--device", "cpu"]
+    short = shutil.copytree(tiny_reward_model, tmp_path / "short")
+    settings = json.loads((short / "config.json").read_text()) | {"max_position_embeddings": 12}
+    (short / "config.json").write_text(json.dumps(settings))
+    ppo = ["--model_name_or_path", tiny_model, "--reward_model_path", str(short), "--response_length", "12"]
+    assert f"13 tokens are more than the 12 positions of {short}" in fails(capsys, "ppo", *rows, *ppo)
+
+    grown = shutil.copytree(tiny_model, tmp_path / "grown")
+    tokenizer = AutoTokenizer.from_pretrained(grown)
+    tokenizer.add_tokens(["new"])
+    tokenizer.save_pretrained(grown)
+    reward = ["--model_name_or_path", str(grown), "--max_length", "16"]
+    assert "rows.jsonl:1: the model's embedding of" in fails(capsys, "reward", *rows, *reward)
+
+
 def test_a_directory_that_cannot_be_made_is_one_line(capsys, tmp_path, corpus, tiny_model):
     (tmp_path / "file").touch()
     model = ["--model_name_or_path", tiny_model, "--dataset_name", corpus, "--max_length", "16"]
@@ -149,18 +170,29 @@ def test_env_names_versions_and_kernels(capsys):
 
 
 def test_init_sft_and_generate_by_command(capsys, corpus, tmp_path):
-    model, out = str(tmp_path / "model"), str(tmp_path / "samples")
+    model, run, out = (str(tmp_path / name) for name in ("model", "run", "samples"))
     small = ["--hidden_size", "32", "--num_hidden_layers", "1", "--tokenizer", "word"]
     main(["init", "--dataset_name", corpus, "--output_dir", model, *small])
-    main(["sft", "--model_name_or_path", model, "--dataset_name", corpus, "--output_dir", out, "--max_steps", "2"])
+    main(["sft", "--model_name_or_path", model, "--dataset_name", corpus, "--output_dir", run, "--max_steps", "2"])
     sampling = ["--max_new_tokens", "5", "--num_return_sequences", "2", "--num_prompts", "3"]
-    final = f"{out}/final"
+    final = f"{run}/final"
     main(["generate", "--model_name_or_path", final, "--dataset_name", corpus, "--output_dir", out, *sampling])
     rows = [json.loads(line) for line in (tmp_path / "samples" / "samples.jsonl").read_text().splitlines()]
     assert len(rows) == 6 and rows[0]["prompt"] == rows[1]["prompt"] != rows[2]["prompt"]
     main(["generate", "--model_name_or_path", final, "--prompt", "the film", "--output_dir", out, "--temperature", "0"])
     rows = [json.loads(line) for line in (tmp_path / "samples" / "samples.jsonl").read_text().splitlines()]
     assert [row["prompt"] for row in rows] == ["the film"] and "the film" in capsys.readouterr().out
+
+
+def test_generate_refuses_the_directory_of_a_run_and_a_dataset_of_no_rows(capsys, tiny_model, tmp_path):
+    (tmp_path / "rows.jsonl").touch()
+    common = ["--model_name_or_path", tiny_model, "--output_dir", str(tmp_path)]
+    told = fails(capsys, "generate", *common, "--dataset_name", str(tmp_path / "rows.jsonl"))
+    assert told.endswith("rows.jsonl: no usable row")
+    (tmp_path / "metrics.jsonl").touch()
+    (tmp_path / "samples.jsonl").write_text('{"step": 1}\n')
+    assert "holds a training run: use another output_dir" in fails(capsys, "generate", *common, "--prompt", "the")
+    assert (tmp_path / "samples.jsonl").read_text() == '{"step": 1}\n'
 
 
 def test_an_unknown_option_raises_before_anything_runs():

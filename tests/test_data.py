@@ -115,10 +115,18 @@ def test_a_prompt_alone_keeps_its_last_turn_unless_that_is_the_answer(tokenizer)
         assert parse("f:1", {"messages": [*turns, assistant]}, (), tokenizer).prompt == expected
 
 
-def test_a_text_is_no_prompt(tmp_path, tokenizer):
-    (tmp_path / "corpus.txt").write_text("the film was good")
-    with pytest.raises(DataError, match=r"corpus\.txt: a text has no prompt to continue: give rows of `prompt`"):
-        load(str(tmp_path / "corpus.txt"), "train", tokenizer, (), 16, (2,))
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"text": "the film"},
+        {"messages": [{"role": "assistant", "content": "good"}]},
+        {"chosen": "yes", "rejected": "no"},
+    ],
+)
+def test_a_row_without_a_prompt_gives_none(tokenizer, row):
+    with pytest.raises(DataError, match=r"^f:1: no prompt to continue: give rows"):
+        parse("f:1", row, (), tokenizer)
+    assert parse("f:1", {"prompt": ""}, (), tokenizer).prompt == ""  # what is asked for is given
 
 
 def test_tokens_and_text_of_a_row(tokenizer):

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rlhf import demo, task
-from rlhf.config import DemoConfig
+from rlhf.config import DemoConfig, UsageError
 
 
 def test_reviews_are_grammatical_and_of_both_sentiments():
@@ -139,6 +139,17 @@ def test_small_demo_writes_everything_and_says_what_it_missed(tmp_path, monkeypa
     assert len(vocabulary) == 32
     pairs = [json.loads(line) for line in (tmp_path / "pairs.jsonl").read_text().splitlines()]
     assert all(set(pair) == {"prompt", "chosen", "rejected"} for pair in pairs)
+
+
+def test_a_demo_makes_room_for_itself_only(tmp_path):
+    (tmp_path / "sft" / "final").mkdir(parents=True)
+    with pytest.raises(UsageError, match="sft is there and not of an earlier demo: use another output_dir"):
+        demo.main(DemoConfig(output_dir=str(tmp_path)))
+    assert (tmp_path / "sft" / "final").exists()
+    (tmp_path / "reviews.jsonl").touch()
+    (tmp_path / "notes").mkdir()
+    demo.make_room(tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["notes", "reviews.jsonl"]
 
 
 def test_shortfalls_take_nan_for_a_failure():

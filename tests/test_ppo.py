@@ -13,6 +13,7 @@ from conftest import SHARED_DATA
 from rlhf import ppo, reward_model
 from rlhf.config import ConfigError, InitConfig, PPOConfig, RewardConfig, TrainingDiverged
 from rlhf.init import init
+from rlhf.log import Run
 from rlhf.model import ModelError
 from rlhf.reward import RewardError
 from rlhf_kernels import PPOStats
@@ -111,6 +112,18 @@ def test_samples_show_prompt_completion_and_score(config, capsys):
     assert [row["step"] for row in rows] == [1] * 32 + [3] * 32
     assert all(row.keys() == {"step", "prompt", "completion", "score"} for row in rows)
     assert "step 3" in capsys.readouterr().out
+
+
+def test_a_checkpoint_comes_after_the_samples_of_its_step(config, monkeypatch):
+    """So that a run that is killed right after it has them when it continues."""
+    seen = []
+
+    def save(run) -> None:
+        seen.append(len((run.folder / "samples.jsonl").read_text(encoding="utf-8").splitlines()))
+
+    monkeypatch.setattr(Run, "save", save)
+    ppo.train(replace(config, sample_steps=1, save_steps=1, max_steps=2))
+    assert seen == [32, 64]
 
 
 def test_adaptive_kl_is_logged_and_moves(config):

@@ -5,7 +5,6 @@
 
 namespace rlhf {
 
-// A part of this size is read twice for its moments and stays in the L1 cache.
 constexpr int64_t kWhitenPart = 4096;
 
 template <class T>

@@ -7,28 +7,25 @@
 namespace rlhf::RLHF_ISA {
 namespace {
 
+// Deviations are from a counted element near the front, not from 0, so that one pass loses nothing to a common offset.
 template <class T>
 Moments masked_moments(const T* x, const bool* mask, int64_t n) {
   constexpr int64_t kStep = kLanes<double>;
+  int64_t first = 0;
+  while (mask && first < n && !mask[first]) ++first;
+  if (first >= n) return {};
+  const double pivot = x[first];
   const Vec<double> zero{}, one = zero + 1;
   Vec<double> total{}, count{}, squares{};
   for (int64_t i = 0; i < n; i += kStep) {
     const Mask<double> counted = load_mask<double>(mask ? mask + i : nullptr, n - i);
-    total += counted ? load_wide(x + i, n - i) : zero;
+    const Vec<double> deviation = counted ? load_wide(x + i, n - i) - pivot : zero;
     count += counted ? one : zero;
-  }
-  Moments moments;
-  moments.count = sum<double>(count);
-  if (moments.count == 0) return moments;
-  moments.mean = sum<double>(total) / moments.count;
-  const Vec<double> mean = broadcast(moments.mean);
-  for (int64_t i = 0; i < n; i += kStep) {
-    const Mask<double> counted = load_mask<double>(mask ? mask + i : nullptr, n - i);
-    const Vec<double> deviation = counted ? load_wide(x + i, n - i) - mean : zero;
+    total += deviation;
     squares += deviation * deviation;
   }
-  moments.squares = sum<double>(squares);
-  return moments;
+  const double tokens = sum<double>(count), mean = sum<double>(total) / tokens;
+  return {tokens, pivot + mean, sum<double>(squares) - tokens * mean * mean};
 }
 
 // `out` may be `x`.

@@ -152,9 +152,10 @@ def ppo_advantages(
     """Per-token KL, shaped rewards, GAE and whitening in one op. Not differentiable: inputs are detached.
 
     A sequence with no counted token drops its score. One-dimensional scores with as many elements as there are
-    sequences are scores of sequences, also where there are as many tokens. Whitening statistics run over every rank of `group` when given
-    (then the op is a composition with one collective of three numbers for each whitening). Values under the mask may
-    be NaN and change nothing. Raises TypeError or ValueError for wrong dtypes, shapes, devices and options.
+    sequences are scores of sequences, also where there are as many tokens. Whitening statistics run over every rank
+    of `group` when given (then the op is a composition with one collective of three numbers for each whitening).
+    Values under the mask may be NaN and change nothing. Raises TypeError or ValueError for wrong dtypes, shapes,
+    devices and options.
     """
     _check(logprobs, ref_logprobs, values, scores, mask, cu_seqlens)
     dtype = compute_dtype(logprobs, ref_logprobs, values, scores)

@@ -211,9 +211,11 @@ def _fake(logprobs, old_logprobs, *rest):
 
 
 def _setup_context(ctx, inputs, output):
-    _, _, d_logprobs, d_values, d_entropy = output
+    _, stats, *gradients = output
     ctx.wanted = inputs[-3:]
-    ctx.save_for_backward(d_logprobs, d_values, d_entropy)
+    ctx.save_for_backward(*gradients)
+    ctx.mark_non_differentiable(stats, *gradients)
+    ctx.set_materialize_grads(False)  # else autograd fills a zero gradient for each of them
 
 
 def _backward(ctx, grad_loss, *_):

@@ -144,8 +144,8 @@ def _pass_kernel(
             raw = logprob - load_counted(ref_logprobs, index, inside, token)
             x = clip(raw, -kl_clamp, kl_clamp)
             kl_sum += kl_value(x, KL_KIND % 4).to(tl.float64) * weight
-            stopped = (tl.abs(raw) > kl_clamp) | (kl_coef == 0)
-            gradient += tl.where(stopped, 0.0, kl_coef * _kl_gradient(x, KL_KIND))
+            d_kl = tl.where(tl.abs(raw) > kl_clamp, 0.0, kl_coef * _kl_gradient(x, KL_KIND))
+            gradient += tl.where(kl_coef == 0, 0.0, d_kl)
         if d_logprobs is not None:
             tl.store(d_logprobs + index, tl.where(token, gradient * weight * scale, 0.0), mask=inside)
         if values is not None:
@@ -156,9 +156,10 @@ def _pass_kernel(
             value_sum += value_loss.to(tl.float64) * weight
             value_clipped += is_value_clipped.to(tl.int32)
             if d_values is not None:
+                d_value = tl.where(value_coef == 0, 0.0, value_coef * d_value)
                 tl.store(
                     d_values + index,
-                    tl.where(token & (value_coef != 0), value_coef * d_value * weight * scale, 0.0),
+                    tl.where(token, d_value * weight * scale, 0.0),
                     mask=inside,
                 )
         if entropy is not None:
@@ -195,8 +196,9 @@ def _reduce_kernel(
     if UNITS_ARE_TOKENS:
         sums = tl.where(field == UNITS, tl.sum(tl.where(field == TOKENS, sums, 0.0), 0), sums)
     units = tl.sum(tl.where(field == UNITS, sums, 0.0), 0)
-    coef = tl.where(field == ENTROPY, -entropy_coef, tl.where(field == KL, kl_coef, 0.0))
-    coef = tl.where(field == 0, 1.0, tl.where(field == VALUE, value_coef, coef))
+    zero = tl.zeros((16,), tl.float64)  # two scalars in a tl.where would be float32
+    coef = tl.where(field == ENTROPY, zero - entropy_coef, tl.where(field == KL, zero + kl_coef, zero))
+    coef = tl.where(field == 0, zero + 1.0, tl.where(field == VALUE, zero + value_coef, coef))
     # A term with a coefficient of 0 may be inf or NaN.
     terms = tl.where(coef == 0, 0.0, coef * sums)
     tl.store(stats + field, sums, mask=field < FIELDS)
