@@ -133,7 +133,7 @@ def test_direct_calls_of_the_ops():
 
 
 def test_a_second_derivative_is_refused():
-    """A kernel's gradient has no graph: under create_graph it would be a constant, and a gradient penalty silently 0."""
+    """A kernel's gradient has no graph: under create_graph it would be a constant, a gradient penalty silently 0."""
     logits = torch.randn(2, 5, requires_grad=True)
     loss, _ = rlhf_kernels.ppo_loss(logits, logits.detach(), logits.detach())
     for output in (rlhf_kernels.token_logprobs(logits, torch.tensor([0, 1])).sum(), loss):
@@ -145,7 +145,7 @@ def test_run_battery_by_name():
     assert testing.run_battery("token_kl", checks=("error_budget",)) == len(testing.cases("token_kl"))
     with pytest.raises(ValueError, match="op: expected one of token_logprobs"):
         testing.run_battery("gea")
-    with pytest.raises(ValueError, match="checks: expected names of error_budget, .* got eror_budget"):
+    with pytest.raises(ValueError, match=r"checks: expected names of error_budget, .* got eror_budget"):
         testing.run_battery("gae", checks=("eror_budget",))
 
 
@@ -155,12 +155,12 @@ def test_battery_catches_a_launcher_that_syncs(monkeypatch):
 
     monkeypatch.setattr(_library, "triton_kernels", lambda: {"masked_whiten": syncing})
     monkeypatch.delitem(_library._failures, "triton", raising=False)
-    with rlhf_kernels.backend("triton"), pytest.raises(AssertionError, match="host syncs .*aten.item"):
+    with rlhf_kernels.backend("triton"), pytest.raises(AssertionError, match=r"host syncs .*aten\.item"):
         testing.CHECKS["no_sync"](testing.cases("masked_whiten")[0], "cpu")
 
 
 def test_battery_catches_a_wrong_kernel():
-    """The battery itself can fail: a kernel that is off by 1e-4, one that writes nothing, one that leaks under the mask."""
+    """The battery itself can fail: for a kernel off by 1e-4, one that writes nothing, one that leaks under the mask."""
     op = _library.OPS["masked_whiten"]
     case = testing.cases("masked_whiten")[0]
 

@@ -118,7 +118,7 @@ def test_all_masked(backend):
 
 
 def test_a_term_without_weight_cannot_poison(backend):
-    """prime-rl#2085: k3 is inf for a token that the reference finds impossible; as a statistic it must not reach the loss."""
+    """prime-rl#2085: k3 is inf for a token that the reference finds impossible; a statistic must not reach the loss."""
     logprobs, old, advantages = _inputs()
     ref, entropy = old.clone(), torch.ones(7, 5)
     ref[0, 0], entropy[1, 1] = 200.0, float("nan")

@@ -121,15 +121,15 @@ using Floats = VectorOf<float, kLanes<double>>::type;  // as many as a vector of
 RLHF_INLINE Bits<float> widen(Halves x) { return (Bits<float>)_mm512_maskz_cvtepu16_epi32(0xffff, (__m256i)x); }
 RLHF_INLINE Mask<float> widen(FloatBytes x) { return (Mask<float>)_mm512_maskz_cvtepu8_epi32(0xffff, (__m128i)x); }
 RLHF_INLINE Mask<double> widen(DoubleBytes x) {
-  return (Mask<double>)_mm512_maskz_cvtepu8_epi64(0xff, _mm_loadl_epi64((__m128i*)&x));
+  return (Mask<double>)_mm512_maskz_cvtepu8_epi64(0xff, _mm_cvtsi64_si128((long long)x));
 }
 RLHF_INLINE Vec<double> widen(Floats x) { return _mm512_maskz_cvtps_pd(0xff, (__m256)x); }
 #elif defined(__AVX2__)
 RLHF_INLINE Bits<float> widen(Halves x) { return (Bits<float>)_mm256_cvtepu16_epi32((__m128i)x); }
-RLHF_INLINE Mask<float> widen(FloatBytes x) { return (Mask<float>)_mm256_cvtepu8_epi32(_mm_loadl_epi64((__m128i*)&x)); }
-RLHF_INLINE Mask<double> widen(DoubleBytes x) {
-  return (Mask<double>)_mm256_cvtepu8_epi64(_mm_cvtsi32_si128(*(int*)&x));
+RLHF_INLINE Mask<float> widen(FloatBytes x) {
+  return (Mask<float>)_mm256_cvtepu8_epi32(_mm_cvtsi64_si128((long long)x));
 }
+RLHF_INLINE Mask<double> widen(DoubleBytes x) { return (Mask<double>)_mm256_cvtepu8_epi64(_mm_cvtsi32_si128((int)x)); }
 RLHF_INLINE Vec<double> widen(Floats x) { return _mm256_cvtps_pd((__m128)x); }
 #else
 RLHF_INLINE Bits<float> widen(Halves x) { return __builtin_convertvector(x, Bits<float>); }
