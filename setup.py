@@ -29,14 +29,13 @@ ROOT = Path(__file__).parent.resolve()
 X86 = platform.machine() in ("x86_64", "AMD64")
 ISA_FLAGS = {"baseline": []}
 if X86:
-    ISA_FLAGS["avx2"] = ["-mavx2", "-mfma", "-mf16c"]
+    ISA_FLAGS["avx2"] = ["-mavx2", "-mfma"]
     ISA_FLAGS["avx512"] = [
         "-mavx512f",
         "-mavx512bw",
         "-mavx512dq",
         "-mavx512vl",
         "-mfma",
-        "-mf16c",
         "-mprefer-vector-width=512",
     ]
 STABLE_ABI = ["-DTORCH_TARGET_VERSION=0x020a000000000000ULL"]  # torch >= 2.10

@@ -230,8 +230,8 @@ def train_ppo(config: DemoConfig, folder: Path, judge: Judge, before: Measuremen
         response_length=RESPONSE_LENGTH,
         temperature=1.0,
         missing_eos_penalty=MISSING_EOS_PENALTY,
-        learning_rate=1e-3,
-        warmup_steps=10,
+        learning_rate=5e-4,
+        warmup_steps=5,
         sample_steps=0,
     )
     result, seconds = timed(ppo.train, ppo_config, watch)

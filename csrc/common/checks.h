@@ -56,17 +56,19 @@ inline void check_same_device(const char* name, const Tensor& x, const Tensor& l
 // A contiguous tensor of one dtype on the device of `like`.
 inline void check_dense(const char* name, const Tensor& x, ScalarType dtype, const Tensor& like) {
   check_same_device(name, x, like);
-  if (x.scalar_type() != dtype)
+  if (x.scalar_type() != dtype) {
     refuse(name, std::string("expected ") + torch::headeronly::toString(dtype) + ", got " +
                      torch::headeronly::toString(x.scalar_type()));
+  }
   if (!x.is_contiguous()) refuse(name, "expected a contiguous tensor; call .contiguous()");
 }
 
 // A per-token tensor: contiguous, in the shape of `like`.
 inline void check_like(const char* name, const Tensor& x, ScalarType dtype, const Tensor& like) {
   check_dense(name, x, dtype, like);
-  if (!same_shape(x, like))
+  if (!same_shape(x, like)) {
     refuse(name, "expected the shape " + tuple_text(like.sizes()) + ", got " + tuple_text(x.sizes()));
+  }
 }
 
 inline void check_like(const char* name, const std::optional<Tensor>& x, ScalarType dtype, const Tensor& like) {

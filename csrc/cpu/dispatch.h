@@ -29,11 +29,3 @@ struct Kernel {
   namespace avx512 {                   \
   extern const Type name;              \
   }
-
-// The table of this process's instruction set.
-#ifdef RLHF_X86
-#define RLHF_TABLE(name) \
-  (::rlhf::cpu_isa()[0] == 'b' ? baseline::name : ::rlhf::cpu_isa()[3] == '2' ? avx2::name : avx512::name)
-#else
-#define RLHF_TABLE(name) baseline::name
-#endif

@@ -220,8 +220,9 @@ def _setup_context(ctx, inputs, output):
 
 def _backward(ctx, grad_loss, *_):
     once_differentiable("ppo_loss")
+    given = grad_loss is not None
     d_logprobs, d_values, d_entropy = (
-        d * grad_loss if wanted else None for d, wanted in zip(ctx.saved_tensors, ctx.wanted)
+        d * grad_loss if wanted and given else None for d, wanted in zip(ctx.saved_tensors, ctx.wanted)
     )
     # logprobs is argument 0, values argument 5, entropy argument 8 of the schema
     return (d_logprobs, None, None, None, None, d_values, None, None, d_entropy, *[None] * (N_ARGUMENTS - 9))
