@@ -13,7 +13,7 @@ from pathlib import Path
 FORMAT = 1
 OPS = sorted(path.stem.removeprefix("bench_") for path in Path(__file__).parent.glob("bench_*.py"))
 DTYPES = ("float32", "float64", "bfloat16", "float16")
-PROVIDERS = ("ours", "eager", "compile", "trl", "verl", "reference", "triton")
+PROVIDERS = ("ours", "eager", "compile", "verl", "reference", "triton")
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
@@ -29,7 +29,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     )
     parser.add_argument("--providers", nargs="+", choices=PROVIDERS, help="default all that the op has here")
     parser.add_argument("--threads", type=int, default=2, help="CPU threads (default 2)")
-    parser.add_argument("--seconds", type=float, default=15.0, help="of timing a case (default 15)")
+    parser.add_argument("--seconds", type=float, default=10.0, help="of timing a case (default 10)")
     parser.add_argument("--quick", action="store_true", help="tiny sizes: does everything run?")
     parser.add_argument("--json", type=Path, metavar="FILE")
     args = parser.parse_args(argv)

@@ -25,17 +25,6 @@ def eager(logits: Tensor, token_ids: Tensor) -> Outputs:
     return {"logprobs": logprobs, "entropy": -(logp.exp() * logp).sum(-1)}
 
 
-def trl_style(logits: Tensor, token_ids: Tensor) -> Outputs:
-    """selective_log_softmax a sequence at a time, entropy_from_logits a chunk at a time, 128 tokens each."""
-    scaled = logits.to(torch.promote_types(logits.dtype, torch.float32)) / TEMPERATURE
-    log_sum_exp = torch.cat([torch.logsumexp(sequence, -1) for sequence in scaled.split(128)])
-    chunks = [torch.log_softmax(chunk, -1) for chunk in scaled.split(128)]
-    return {
-        "logprobs": scaled.gather(-1, token_ids[..., None]).squeeze(-1) - log_sum_exp,
-        "entropy": torch.cat([-(logp.exp() * logp).sum(-1) for logp in chunks]),
-    }
-
-
 def ours(logits: Tensor, token_ids: Tensor) -> Outputs:
     logprobs, entropy = rlhf_kernels.token_logprobs(logits, token_ids, temperature=TEMPERATURE, return_entropy=True)
     return {"logprobs": logprobs, "entropy": entropy}
@@ -66,7 +55,6 @@ def cases(device: torch.device, dtype: torch.dtype, quick: bool) -> Iterator[Cas
                     "ours": Provider("rlhf_kernels.token_logprobs", wrap(ours)),
                     "eager": Provider("log_softmax, gather, entropy from the same log_softmax", wrap(eager)),
                     "compile": Provider("torch.compile of eager", wrap(compiled(eager))),
-                    "trl": Provider("TRL's selective_log_softmax and entropy_from_logits, restated", wrap(trl_style)),
                 },
                 # The logits once; backward reads them again and writes a gradient of their size. A row has an id, two
                 # results and, in backward, two upstream gradients.
