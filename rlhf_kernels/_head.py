@@ -1,15 +1,15 @@
-"""The products of a language model's head, chunk by chunk, for the ops that never hold its logits.
+"""The products of a language model's head, a chunk at a time, for the ops that never hold its logits.
 
-    logits   = logit_scale * (hidden @ weight.T + bias)        a chunk of tokens, or of the vocabulary, at a time
+    logits   = logit_scale * (hidden @ weight.T + bias)        of a chunk of tokens, or of a tile of tokens and vocabulary
     d_hidden = logit_scale * d_logits @ weight
     d_weight = logit_scale * d_logits.T @ hidden
     d_bias   = logit_scale * d_logits.sum(0)
 
-What is rounded when. On a CPU everything is computed in float32 (float64 where an input is): 16-bit operands are
-widened, exactly. On a GPU the operands keep their 16 bits, the tensor cores add in float32, and a logit is rounded once,
-to `logits_dtype`; its gradient is rounded once, to the operands' dtype. Sums over chunks are taken in float32 in either
-place, and a gradient is rounded to its input's dtype once, at the end. There are no atomics: the same call on the same
-machine gives the same bits.
+What is rounded when. On a CPU everything is computed in float32 (float64 where an input is): operands of 16 bits are
+widened, which is exact. On a GPU the operands keep their 16 bits and the tensor cores add in float32; a logit is rounded
+once, to `logits_dtype`, its gradient once, to the operands' dtype. Sums over chunks are taken in float32 in either
+place, and a gradient is rounded to its input's dtype once, at the end. There are no atomics: the same call gives the
+same bits as long as the library's products do.
 """
 
 from __future__ import annotations
@@ -23,24 +23,171 @@ from torch import Tensor
 from . import _checks as check
 from ._layout import compute_dtype
 
-# Bytes of a chunk of logits. CPU (2 cores of a Xeon with AVX-512, 1024 x 512 x 32000 float32, 2026-11-25): against one
-# product over all tokens, chunks of 512 tokens take 1.14 times as long, 256 tokens 1.3, 64 tokens 1.34; splits of the
-# vocabulary of 4,096 columns 0.96, 0.84 for the weight's gradient. GPU: no measurement yet; at a vocabulary of 128,256 in
-# bfloat16 these are 2,093 tokens, and adding a chunk to the weight's gradient moves 1 byte for every 2,000 flops.
-CHUNK_BYTES = {"cpu": 128 << 20, "cuda": 512 << 20}
-SPLIT_COLUMNS = 4096  # of a chunk that may split the vocabulary, on a CPU: the row work finds it in the cache
+# A chunk holds at most this many bytes of logits, but no fewer tokens than MIN_TOKENS: a product over few tokens, and
+# the addition of a chunk to the weight's gradient, cost reads and writes of the whole weight. CPU: on 2 cores of a Xeon
+# with AVX-512, 1024 x 512 x 32000 float32 on 2026-11-25, the three products in chunks of 128, 256 or 512 tokens take
+# 1.02, 0.99 and 1.02 times as long as at once, and fresh memory costs 0.14 ms a MiB. GPU: not measured; by arithmetic,
+# 2048 tokens make the additions to a float32 gradient of 128256 x 4096 a tenth of the products' time.
+CHUNK_BYTES = {"cpu": 32 << 20, "cuda": 512 << 20}
+MIN_TOKENS = {"cpu": 256, "cuda": 2048}
+MIN_COLUMNS = 1024  # of a tile
 
 
 @dataclass(frozen=True)
 class Chunking:
     """How an op on hidden states cuts its logits; pass it as `chunk_size` to say more than a number of tokens."""
 
-    tokens: int | None = None  # None: chosen from the sizes; a chunk of logits then takes at most CHUNK_BYTES
-    logits_dtype: torch.dtype | None = None  # on a GPU: None is the products' dtype; float32 does not round logits
+    tokens: int | None = None  # of a chunk of full rows of logits; None: chosen from the sizes
+    logits_dtype: torch.dtype | None = None  # on a GPU: None is the products' dtype; float32 leaves logits unrounded
 
     def __post_init__(self) -> None:
         tokens = self.tokens
         if tokens is not None and (isinstance(tokens, bool) or not isinstance(tokens, int) or tokens < 1):
             raise ValueError(f"chunk_size: expected a number of tokens >= 1 or None, got {tokens!r}")
-        if self.logits_dtype not in (None, torch.float32, torch.bfloat16, torch.float16, torch.float64):
+        if self.logits_dtype not in (None, *check.FLOATS):
             raise TypeError(f"logits_dtype: expected a floating dtype or None, got {self.logits_dtype!r}")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a public function settles for its op; the fields go into the schema as `PLAN_SCHEMA`, in this order."""
+
+    logit_scale: float
+    chunk_tokens: int
+    product_dtype: torch.dtype
+    logits_dtype: torch.dtype
+
+    def __iter__(self) -> Iterator:
+        return iter((self.logit_scale, self.chunk_tokens, self.product_dtype, self.logits_dtype))
+
+
+PLAN_SCHEMA = "float logit_scale, int chunk_tokens, ScalarType product_dtype, ScalarType logits_dtype"
+
+
+def plan(hidden: Tensor, weight: Tensor, logit_scale: float, chunk_size: int | Chunking | None) -> Plan:
+    """Chunk size and dtypes of a call. Under autocast on a GPU the products run in its dtype, as F.linear's would."""
+    check.number("logit_scale", logit_scale)
+    chunking = chunk_size if isinstance(chunk_size, Chunking) else Chunking(chunk_size)
+    device, dtype = hidden.device.type, torch.promote_types(hidden.dtype, weight.dtype)
+    if dtype != torch.float64 and torch.is_autocast_enabled(device):
+        dtype = torch.get_autocast_dtype(device)
+    if device == "cpu":
+        dtype = torch.promote_types(dtype, torch.float32)
+    logits_dtype = chunking.logits_dtype or dtype
+    if logits_dtype not in (dtype, compute_dtype(hidden, weight)):
+        raise TypeError(
+            f"logits_dtype: expected {dtype}, in which the products run here, or "
+            f"{compute_dtype(hidden, weight)}, got {logits_dtype}"
+        )
+    row = max(weight.shape[0], 1) * logits_dtype.itemsize
+    kind = device if device in CHUNK_BYTES else "cuda"
+    tokens = chunking.tokens or max(MIN_TOKENS[kind], CHUNK_BYTES[kind] // row)
+    return Plan(float(logit_scale), tokens, dtype, logits_dtype)
+
+
+def check_head(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+    """hidden (..., H), weight (V, H), bias (V,), whole and on one device."""
+    for name, tensor in (("hidden", hidden), ("weight", weight), ("bias", bias)):
+        if tensor is None:
+            continue
+        check.is_float(name, tensor)
+        check.same_device(name, tensor, "hidden", hidden)
+        if type(tensor).__name__ == "DTensor":
+            raise TypeError(
+                f"{name}: expected a whole tensor, got a DTensor, which holds a shard; gather it where autograd sees it "
+                "(FSDP2: lm_head.unshard() before this call, or wrap the head together with the final norm), not by "
+                "full_tensor(), whose gradient is wrong here"
+            )
+    if weight.dim() != 2:
+        raise ValueError(f"weight: expected (V, H), got {tuple(weight.shape)}")
+    if hidden.dim() == 0 or hidden.shape[-1] != weight.shape[1]:
+        raise ValueError(
+            f"hidden: expected (..., {weight.shape[1]}) for weight {tuple(weight.shape)}, got {tuple(hidden.shape)}"
+        )
+    if bias is not None:
+        check.same_shape("bias", bias, "the vocabulary", weight.shape[:1])
+
+
+class Head:
+    """The operands of one call, in the dtype of the products, and one buffer for the chunk of logits."""
+
+    def __init__(self, hidden: Tensor, weight: Tensor, bias: Tensor | None, plan: Plan) -> None:  # (N, H), (V, H), (V,)
+        self.hidden, self.weight = hidden.to(plan.product_dtype), weight.to(plan.product_dtype)
+        self.bias = None if bias is None else bias.to(plan.logits_dtype)
+        self.plan = plan
+        self._buffer: Tensor | None = None
+
+    def chunks(self) -> list[tuple[slice, slice]]:
+        """(tokens, the whole vocabulary) a piece: what an op needs that looks at whole rows."""
+        n, size, everything = self.hidden.shape[0], self.plan.chunk_tokens, slice(0, self.weight.shape[0])
+        return [(slice(i, min(i + size, n)), everything) for i in range(0, n, size)]
+
+    def tiles(self) -> list[tuple[slice, slice]]:
+        """(tokens, columns of the vocabulary) a piece, of a chunk's size, columns outermost. Splitting the vocabulary
+        first leaves d_hidden to be summed, which is small beside d_weight."""
+        n, v = self.hidden.shape[0], self.weight.shape[0]
+        if not (n and v):
+            return []
+        size = self.plan.chunk_tokens * v
+        columns = min(v, max(MIN_COLUMNS, size // n))
+        tokens = max(1, size // columns)
+        starts = [(i, j) for j in range(0, v, columns) for i in range(0, n, tokens)]
+        return [(slice(i, min(i + tokens, n)), slice(j, min(j + columns, v))) for i, j in starts]
+
+    def logits(self, tokens: slice, columns: slice) -> Tensor:  # (n, v), valid until the next call
+        hidden, weight = self.hidden[tokens], self.weight[columns]
+        size = hidden.shape[0] * weight.shape[0]
+        if self._buffer is None or self._buffer.numel() < size:
+            self._buffer = hidden.new_empty(size, dtype=self.plan.logits_dtype)
+        out = self._buffer[:size].view(hidden.shape[0], weight.shape[0])
+        scale = self.plan.logit_scale
+        if self.bias is not None and out.dtype == hidden.dtype:
+            return torch.addmm(self.bias[columns], hidden, weight.t(), beta=scale, alpha=scale, out=out)
+        accumulate(out, hidden, weight.t(), scale, first=True)
+        return out if self.bias is None else out.add_(self.bias[columns], alpha=scale)
+
+
+def accumulate(out: Tensor, a: Tensor, b: Tensor, scale: float, first: bool) -> None:
+    """out = scale * a @ b, or out += where not first; `out` may be float32 for operands of 16 bits (GPUs)."""
+    options = {} if a.dtype == out.dtype else {"out_dtype": out.dtype}
+    if first and scale == 1:
+        torch.mm(a, b, **options, out=out)
+    else:
+        torch.addmm(out, a, b, **options, beta=0 if first else 1, alpha=scale, out=out)
+
+
+class HeadGradients:
+    """Sums d_hidden, d_weight and d_bias over `pieces`, (tokens, columns) each; every one only if it is wanted."""
+
+    def __init__(
+        self,
+        head: Head,
+        inputs: tuple[Tensor, Tensor, Tensor | None],  # hidden, weight, bias as they came
+        wants: tuple[bool, bool, bool],
+        pieces: list[tuple[slice, slice]],
+    ) -> None:
+        self.head, self.wants = head, wants
+        self.dtypes = [None if x is None else x.dtype for x in inputs]
+        (n, h), v = head.hidden.shape, head.weight.shape[0]
+        wide, narrow = compute_dtype(head.hidden), head.hidden.dtype
+        # What one product writes needs no wider sum: the tensor cores add in float32.
+        once = lambda axis, size: all(piece[axis].stop - piece[axis].start == size for piece in pieces)  # noqa: E731
+        self.hidden = head.hidden.new_empty((n, h) if wants[0] else (0, h), dtype=narrow if once(1, v) else wide)
+        self.weight = head.hidden.new_empty((v, h) if wants[1] else (0, h), dtype=narrow if once(0, n) else wide)
+        self.bias = head.hidden.new_zeros(v if wants[2] else 0, dtype=wide)
+        if not pieces:
+            self.hidden.zero_(), self.weight.zero_()
+
+    def add(self, tokens: slice, columns: slice, d_logits: Tensor) -> None:  # (n, v) in the products' dtype
+        head, scale = self.head, self.head.plan.logit_scale
+        if self.wants[0]:
+            accumulate(self.hidden[tokens], d_logits, head.weight[columns], scale, first=columns.start == 0)
+        if self.wants[1]:
+            accumulate(self.weight[columns], d_logits.t(), head.hidden[tokens], scale, first=tokens.start == 0)
+        if self.wants[2]:
+            self.bias[columns] += scale * d_logits.sum(0, dtype=self.bias.dtype)
+
+    def result(self) -> tuple[Tensor, Tensor, Tensor]:
+        """In the inputs' dtypes; empty where not wanted."""
+        sums = (self.hidden, self.weight, self.bias)
+        return tuple(x if dtype is None else x.to(dtype) for x, dtype in zip(sums, self.dtypes))
