@@ -5,8 +5,11 @@ In the order of the pipeline: token_logprobs and token_kl from logits, ppo_advan
 rewards, ppo_loss. `backends()` says which kernel serves each op on this machine, and why the others do not.
 """
 
+from ._head import Chunking
 from ._library import Backends, backend, backends, load_kernels
 from .ops.gae import gae
+from .ops.linear_ppo_loss import linear_ppo_loss
+from .ops.linear_token_logprobs import linear_token_logprobs
 from .ops.masked_whiten import masked_whiten
 from .ops.ppo_advantages import AdvantageOptions, PPOAdvantages, ppo_advantages
 from .ops.ppo_loss import PPOLossOptions, ppo_loss
@@ -20,6 +23,7 @@ __version__ = "0.1.0"
 load_kernels()
 
 __all__ = [
-    "AdvantageOptions", "Backends", "PPOAdvantages", "PPOLossOptions", "PPOStats", "backend", "backends", "gae",
-    "masked_whiten", "pack_sequences", "plan_microbatches", "ppo_advantages", "ppo_loss", "token_kl", "token_logprobs",
+    "AdvantageOptions", "Backends", "Chunking", "PPOAdvantages", "PPOLossOptions", "PPOStats",
+    "backend", "backends", "gae", "linear_ppo_loss", "linear_token_logprobs", "masked_whiten",
+    "pack_sequences", "plan_microbatches", "ppo_advantages", "ppo_loss", "token_kl", "token_logprobs",
 ]  # fmt: skip

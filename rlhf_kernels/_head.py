@@ -1,15 +1,19 @@
 """The products of a language model's head, a chunk at a time, for the ops that never hold its logits.
 
-    logits   = logit_scale * (hidden @ weight.T + bias)        of a chunk of tokens, or of a tile of tokens and vocabulary
+    logits   = logit_scale * (hidden @ weight.T + bias)     of a chunk of tokens, or a tile of tokens and vocabulary
     d_hidden = logit_scale * d_logits @ weight
     d_weight = logit_scale * d_logits.T @ hidden
     d_bias   = logit_scale * d_logits.sum(0)
 
 What is rounded when. On a CPU everything is computed in float32 (float64 where an input is): operands of 16 bits are
-widened, which is exact. On a GPU the operands keep their 16 bits and the tensor cores add in float32; a logit is rounded
-once, to `logits_dtype`, its gradient once, to the operands' dtype. Sums over chunks are taken in float32 in either
-place, and a gradient is rounded to its input's dtype once, at the end. There are no atomics: the same call gives the
-same bits as long as the library's products do.
+widened, which is exact. On a GPU the operands keep their 16 bits and the tensor cores add in float32; a logit is
+rounded once, to `logits_dtype`, its gradient once, to the operands' dtype. Sums over chunks are taken in float32 in
+either place, and a gradient is rounded to its input's dtype once, at the end.
+
+What is reproducible. There are no atomics, and sums over chunks have a fixed order: the same call on the same machine,
+torch and number of threads gives the same bits wherever the library's products do (on a CPU here: asserted by a test;
+cuBLAS: one stream, or CUBLAS_WORKSPACE_CONFIG=:4096:8). Another chunk size or batch may change the last bits, because
+a product of other sizes adds in another order.
 """
 
 from __future__ import annotations
@@ -22,6 +26,7 @@ from torch import Tensor
 
 from . import _checks as check
 from ._layout import compute_dtype
+from ._library import invalid
 
 # A chunk holds at most this many bytes of logits, but no fewer tokens than MIN_TOKENS: a product over few tokens, and
 # the addition of a chunk to the weight's gradient, cost reads and writes of the whole weight. CPU: on 2 cores of a Xeon
@@ -31,6 +36,7 @@ from ._layout import compute_dtype
 CHUNK_BYTES = {"cpu": 32 << 20, "cuda": 512 << 20}
 MIN_TOKENS = {"cpu": 256, "cuda": 2048}
 MIN_COLUMNS = 1024  # of a tile
+IGNORED = -(1 << 62)  # an id that no caller has
 
 
 @dataclass(frozen=True)
@@ -94,18 +100,63 @@ def check_head(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None:
         check.same_device(name, tensor, "hidden", hidden)
         if type(tensor).__name__ == "DTensor":
             raise TypeError(
-                f"{name}: expected a whole tensor, got a DTensor, which holds a shard; gather it where autograd sees it "
-                "(FSDP2: lm_head.unshard() before this call, or wrap the head together with the final norm), not by "
+                f"{name}: expected a whole tensor, got a DTensor, which holds a shard; gather it where autograd sees "
+                "it (FSDP2: lm_head.unshard() before this call, or wrap the head together with the final norm), not by "
                 "full_tensor(), whose gradient is wrong here"
             )
     if weight.dim() != 2:
         raise ValueError(f"weight: expected (V, H), got {tuple(weight.shape)}")
     if hidden.dim() == 0 or hidden.shape[-1] != weight.shape[1]:
-        raise ValueError(
-            f"hidden: expected (..., {weight.shape[1]}) for weight {tuple(weight.shape)}, got {tuple(hidden.shape)}"
-        )
+        expected = f"expected (..., {weight.shape[1]}) for weight {tuple(weight.shape)}"
+        raise ValueError(f"hidden: {expected}, got {tuple(hidden.shape)}")
     if bias is not None:
         check.same_shape("bias", bias, "the vocabulary", weight.shape[:1])
+
+
+def check_ids(token_ids: Tensor, counted: Tensor, vocab: int) -> None:
+    """Refuses a counted id outside [0, vocab), with its position; on the CPU only, where looking is free."""
+    if token_ids.device.type != "cpu":
+        return
+    bad = ((token_ids < 0) | (token_ids >= vocab)) & counted
+    if bool(bad.any()):
+        at = tuple(bad.nonzero()[0].tolist())
+        raise invalid(f"token_ids: expected ids in [0, {vocab}), got {int(token_ids[at])} at position {at}")
+
+
+class Rows:
+    """The tokens that count, of per-token tensors (..., *rest) flattened to (n, *rest).
+
+    On a CPU the others are dropped, so they are never projected. On a GPU their number is not known without waiting for
+    the device: they stay, with `fill` in place of what they hold, and `put` makes their results 0.
+    """
+
+    def __init__(self, counted: Tensor) -> None:  # (...) bool
+        self.shape, self.counted, self.index = counted.shape, counted.reshape(-1), None
+        if counted.device.type == "cpu":
+            self.index = self.counted.nonzero()[:, 0]
+            if len(self.index) == counted.numel():
+                self.index = self.counted = None
+
+    def take(self, x: Tensor | None, fill: float = 0) -> Tensor | None:
+        if x is None:
+            return None
+        x = x.reshape(-1, *x.shape[len(self.shape) :])
+        if self.index is not None:
+            return x[self.index]
+        return x if self.counted is None else x.masked_fill(~self._mask(x), fill)
+
+    def ids(self, token_ids: Tensor) -> Tensor:  # (n,) int64, IGNORED where a row stays without counting
+        return self.take(token_ids.long(), IGNORED).contiguous()
+
+    def put(self, x: Tensor) -> Tensor:
+        """(n, *rest) back to (..., *rest), 0 at the tokens that do not count."""
+        shape = (*self.shape, *x.shape[1:])
+        if self.index is not None:
+            return x.new_zeros(shape).view(-1, *x.shape[1:]).index_copy_(0, self.index, x).view(shape)
+        return (x if self.counted is None else x.masked_fill(~self._mask(x), 0)).view(shape)
+
+    def _mask(self, x: Tensor) -> Tensor:
+        return self.counted.view(-1, *[1] * (x.dim() - 1))
 
 
 class Head:
@@ -133,6 +184,10 @@ class Head:
         tokens = max(1, size // columns)
         starts = [(i, j) for j in range(0, v, columns) for i in range(0, n, tokens)]
         return [(slice(i, min(i + tokens, n)), slice(j, min(j + columns, v))) for i, j in starts]
+
+    def gradient(self, logits: Tensor) -> Tensor:  # (n, v) in the products' dtype
+        """Where the gradient of a chunk goes: over the logits, unless its dtype differs from theirs."""
+        return logits if logits.dtype == self.hidden.dtype else torch.empty_like(logits, dtype=self.hidden.dtype)
 
     def logits(self, tokens: slice, columns: slice) -> Tensor:  # (n, v), valid until the next call
         hidden, weight = self.hidden[tokens], self.weight[columns]
@@ -191,3 +246,9 @@ class HeadGradients:
         """In the inputs' dtypes; empty where not wanted."""
         sums = (self.hidden, self.weight, self.bias)
         return tuple(x if dtype is None else x.to(dtype) for x, dtype in zip(sums, self.dtypes))
+
+
+def scaled(gradient: Tensor, upstream: Tensor) -> Tensor:
+    """A gradient that was formed for an upstream gradient of 1. On a GPU looking whether it is 1 would wait for it."""
+    looked_at = type(upstream) is Tensor and upstream.device.type == "cpu"
+    return gradient if looked_at and float(upstream) == 1 else gradient * upstream

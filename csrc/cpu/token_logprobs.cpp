@@ -42,8 +42,7 @@ void check_ids(const Tensor& token_ids, int64_t vocab, int64_t ignore_index) {
   }
 }
 
-void check_arguments(const Tensor& logits, const Tensor& token_ids, const std::optional<Tensor>& temperatures,
-                     int64_t ignore_index) {
+void check_rows(const Tensor& logits, const Tensor& token_ids, const std::optional<Tensor>& temperatures) {
   const int64_t dims = logits.dim() - 1;
   if (dims < 0 || dims != token_ids.dim()) refuse("logits", "expected one dimension more than token_ids");
   for (int64_t d = 0; d < dims; ++d) {
@@ -58,10 +57,16 @@ void check_arguments(const Tensor& logits, const Tensor& token_ids, const std::o
   check_like("token_ids", token_ids, ids, token_ids);
   check_same_device("token_ids", token_ids, logits);
   check_like("temperatures", temperatures, compute_dtype(logits), token_ids);
-  if (ids == ScalarType::Int) {
-    check_ids<int32_t>(token_ids, logits.size(dims), ignore_index);
+}
+
+void check_arguments(const Tensor& logits, const Tensor& token_ids, const std::optional<Tensor>& temperatures,
+                     int64_t ignore_index) {
+  check_rows(logits, token_ids, temperatures);
+  const int64_t vocab = logits.size(token_ids.dim());
+  if (token_ids.scalar_type() == ScalarType::Int) {
+    check_ids<int32_t>(token_ids, vocab, ignore_index);
   } else {
-    check_ids<int64_t>(token_ids, logits.size(dims), ignore_index);
+    check_ids<int64_t>(token_ids, vocab, ignore_index);
   }
 }
 
@@ -115,18 +120,21 @@ std::optional<Tensor> dense_rows(const char* name, const std::optional<Tensor>& 
   return dense;
 }
 
-Tensor token_logprobs_backward(std::optional<Tensor> grad_logprobs, std::optional<Tensor> grad_entropy,
-                               const Tensor& logits, const Tensor& token_ids, std::optional<Tensor> temperatures,
-                               const Tensor& entropy, const Tensor& row_max, const Tensor& log_sum, double temperature,
-                               std::optional<double> softcap, int64_t ignore_index) {
-  check_arguments(logits, token_ids, temperatures, ignore_index);
+// Over the logits where none are given: `grad` holds them then.
+void token_logprobs_backward_into(const Tensor& grad, std::optional<Tensor> grad_logprobs,
+                                  std::optional<Tensor> grad_entropy, std::optional<Tensor> given_logits,
+                                  const Tensor& token_ids, std::optional<Tensor> temperatures, const Tensor& entropy,
+                                  const Tensor& row_max, const Tensor& log_sum, double temperature,
+                                  std::optional<double> softcap, int64_t ignore_index, int64_t first_id) {
+  const Tensor logits = given_logits.value_or(grad);
+  check_rows(logits, token_ids, temperatures);
+  check_like("grad", grad, logits.scalar_type(), logits);
   const ScalarType dtype = compute_dtype(logits);
   const auto g_logprobs = dense_rows("grad_logprobs", grad_logprobs, dtype, token_ids);
   const auto g_entropy = dense_rows("grad_entropy", grad_entropy, dtype, token_ids);
   if (g_entropy) check_like("entropy", entropy, dtype, token_ids);
   check_like("row_max", row_max, dtype, token_ids);
   check_like("log_sum", log_sum, dtype, token_ids);
-  const Tensor grad_logits = torch::stable::new_empty(logits, logits.sizes());
   with_compute_type(row_max, [&](auto type) {
     using T = decltype(type);
     BackwardArgs<T> args;
@@ -136,10 +144,21 @@ Tensor token_logprobs_backward(std::optional<Tensor> grad_logprobs, std::optiona
     args.entropy = data<T>(entropy);
     args.row_max = data<T>(row_max);
     args.log_sum = data<T>(log_sum);
-    args.grad_logits = grad_logits.mutable_data_ptr();
+    args.grad_logits = grad.mutable_data_ptr();
+    args.first_id = first_id;
     parallel(token_ids.numel(), 1, RLHF_TABLE(token_logprobs_table).backward, args);
   });
-  return grad_logits;
+}
+
+Tensor token_logprobs_backward(std::optional<Tensor> grad_logprobs, std::optional<Tensor> grad_entropy,
+                               const Tensor& logits, const Tensor& token_ids, std::optional<Tensor> temperatures,
+                               const Tensor& entropy, const Tensor& row_max, const Tensor& log_sum, double temperature,
+                               std::optional<double> softcap, int64_t ignore_index) {
+  check_arguments(logits, token_ids, temperatures, ignore_index);
+  const Tensor grad = torch::stable::new_empty(logits, logits.sizes());
+  token_logprobs_backward_into(grad, grad_logprobs, grad_entropy, logits, token_ids, temperatures, entropy, row_max,
+                               log_sum, temperature, softcap, ignore_index, 0);
+  return grad;
 }
 
 }  // namespace
@@ -148,4 +167,5 @@ Tensor token_logprobs_backward(std::optional<Tensor> grad_logprobs, std::optiona
 STABLE_TORCH_LIBRARY_IMPL(rlhf_kernels, CPU, m) {
   m.impl("token_logprobs", TORCH_BOX(&rlhf::token_logprobs));
   m.impl("token_logprobs_backward", TORCH_BOX(&rlhf::token_logprobs_backward));
+  m.impl("token_logprobs_backward_into", TORCH_BOX(&rlhf::token_logprobs_backward_into));
 }

@@ -137,6 +137,7 @@ void zero_row(S* grad, int64_t vocab) {
   for (int64_t j = 0; j < vocab; j += kLanes<Compute<S>>) store(grad + j, Vec<Compute<S>>{}, vocab - j);
 }
 
+// The gradient may be written over the logits: a row is read before it is written, element by element.
 template <bool kSoftcap, class S, class T>
 void backward_row(const BackwardArgs<T>& args, int64_t row) {
   const int64_t vocab = args.rows.vocab;
@@ -144,6 +145,9 @@ void backward_row(const BackwardArgs<T>& args, int64_t row) {
   S* grad = static_cast<S*>(args.grad_logits) + row * vocab;
   if (id == args.rows.ignore_index) return zero_row(grad, vocab);
   const S* logits = static_cast<const S*>(args.rows.logits) + row_offset(args.rows, row);
+  const int64_t at = id - args.first_id;
+  const bool here = at >= 0 && at < vocab;
+  const Vec<T> logit = load(logits + (here ? at : 0), here ? 1 : 0, T(0));
   const Scale<T> scale = row_scale(args.rows, row);
   const T g_logprob = args.grad_logprobs ? args.grad_logprobs[row] : 0;
   const T g_entropy = args.grad_entropy ? args.grad_entropy[row] : 0;
@@ -165,13 +169,13 @@ void backward_row(const BackwardArgs<T>& args, int64_t row) {
     store(grad + j, g, vocab - j);
   }
 
-  const Vec<T> logit = load(logits + id, 1, T(0));
-  if (logit[0] == -__builtin_inf()) return;  // a token that cannot be chosen: the loop gave it 0, or the NaN of its row
+  // A token that cannot be chosen: the loop gave it 0, or the NaN of its row.
+  if (!here || logit[0] == -__builtin_inf()) return;
   const T x = point<kSoftcap>(logit, scale)[0];
   const double logp = (static_cast<double>(x) - near_max) * scale.factor - rest;
   double g = -g_logprob * __builtin_expm1(logp) - __builtin_exp(logp) * g_entropy * (logp + entropy[0]);
   if constexpr (kSoftcap) g *= 1 - static_cast<double>(x) * x;
-  store(grad + id, broadcast(static_cast<T>(g / scale.temperature)), 1);
+  store(grad + at, broadcast(static_cast<T>(g / scale.temperature)), 1);
 }
 
 // Calls f(S(), softcap) with the logits' type and whether there is a softcap as compile-time constants.
@@ -207,9 +211,10 @@ void backward(const BackwardArgs<T>& args, int64_t begin, int64_t end) {
   specialised(args.rows, [&](auto storage, auto softcap) {
     using S = decltype(storage);
     S* grad = static_cast<S*>(args.grad_logits);
-    PagesAhead pages(grad, begin * args.rows.vocab, end * args.rows.vocab);
+    const bool fresh = args.grad_logits != args.rows.logits;
+    PagesAhead pages(grad, begin * args.rows.vocab, (fresh ? end : begin) * args.rows.vocab);
     for (int64_t row = begin; row < end; ++row) {
-      pages.reach(grad + (row + 1) * args.rows.vocab);
+      if (fresh) pages.reach(grad + (row + 1) * args.rows.vocab);
       backward_row<softcap.value, S>(args, row);
     }
   });

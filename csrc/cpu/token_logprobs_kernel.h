@@ -42,7 +42,8 @@ struct BackwardArgs {
   const T* entropy;
   const T* row_max;
   const T* log_sum;
-  void* grad_logits;  // (rows, vocab), of the logits' type
+  void* grad_logits;  // (rows, vocab), of the logits' type; may be the logits
+  int64_t first_id;   // the token of the first column
 };
 
 struct TokenLogprobsTable {

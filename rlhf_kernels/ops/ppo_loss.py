@@ -115,9 +115,7 @@ def _value_terms(values, old_values, returns, value_clip):
     return 0.5 * loss, torch.where(is_clipped, 0, error), is_clipped
 
 
-def _token_weights(
-    mask: Tensor, cu_seqlens: Tensor | None, reduction: int, dtype: torch.dtype
-) -> tuple[Tensor, Tensor]:
+def token_weights(mask: Tensor, cu_seqlens: Tensor | None, reduction: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """(weight of each token in the numerator, the local count that divides it: tokens, sequences, or 1 for sum)."""
     counted = mask.to(dtype)
     if reduction in (TOKEN_MEAN, SUM):
@@ -128,6 +126,12 @@ def _token_weights(
     if reduction == SEQ_TOKEN_SUM or not mask.numel():
         return counted, units
     return counted / lengths.clamp(min=1)[sequence_ids(mask, cu_seqlens)], units
+
+
+def token_scale(weight: Tensor, units: Tensor, denominator: Tensor | None) -> Tensor:
+    """What each token's loss is multiplied by before everything is summed."""
+    divisor = units.clamp(min=1) if denominator is None else denominator.to(units.dtype)
+    return weight * torch.where(divisor == 0, 0, 1 / divisor)
 
 
 def _stats(terms, weight: Tensor, units: Tensor, mask: Tensor, per_token: dict[str, Tensor]) -> Tensor:
@@ -176,7 +180,7 @@ def ppo_loss_reference(
     # What stands under the mask may be NaN: it is replaced before the arithmetic, not multiplied by 0 after it.
     clean = lambda x: None if x is None else x.masked_fill(~mask, 0)  # noqa: E731
     logprobs, old_logprobs, advantages, is_weights = map(clean, (logprobs, old_logprobs, advantages, is_weights))
-    weight, units = _token_weights(mask, cu_seqlens, reduction, logprobs.dtype)
+    weight, units = token_weights(mask, cu_seqlens, reduction, logprobs.dtype)
     policy, d_policy, token_stats = _policy_terms(
         logprobs, old_logprobs, advantages, is_weights, clip_low, clip_high, dual_clip, log_ratio_clamp
     )
@@ -189,8 +193,7 @@ def ppo_loss_reference(
         x, passes = _clamped(logprobs - clean(ref_logprobs), kl_clamp)
         kl, d_kl = kl_value(x, kl_estimator), kl_gradient(x, kl_estimator) * passes
     entropy = zero if entropy is None else clean(entropy)
-    divisor = units.clamp(min=1) if denominator is None else denominator.to(units.dtype)
-    scale = weight * torch.where(divisor == 0, 0, 1 / divisor)
+    scale = token_scale(weight, units, denominator)
     # A term that is there for its statistic alone may be inf or NaN: times a coefficient of 0 that would still be NaN.
     terms = [(value_coef, value), (-entropy_coef, entropy), (kl_coef, kl)]
     loss = (policy + sum(c * term for c, term in terms if c)).mul(scale).sum()
@@ -244,10 +247,15 @@ def _check(logprobs, tensors: dict[str, Tensor | None], mask, cu_seqlens, option
             if tensors[name] is None:
                 way_out = ", or PPOLossOptions(value_clip=None)" if name == "old_values" else ""
                 raise ValueError(f"{name}: expected a tensor because values is given, got None; pass it{way_out}")
-    if options.kl_coef and tensors["ref_logprobs"] is None:
-        raise ValueError(f"ref_logprobs: expected a tensor because kl_coef is {options.kl_coef}, got None")
     if options.entropy_coef and tensors["entropy"] is None:
         raise ValueError(f"entropy: expected a tensor because entropy_coef is {options.entropy_coef}, got None")
+    check_terms(logprobs, tensors["ref_logprobs"], options, denominator)
+
+
+def check_terms(like: Tensor, ref_logprobs: Tensor | None, options: PPOLossOptions, denominator) -> None:
+    """What every PPO loss takes beside its per-token tensors."""
+    if options.kl_coef and ref_logprobs is None:
+        raise ValueError(f"ref_logprobs: expected a tensor because kl_coef is {options.kl_coef}, got None")
     if denominator is None:
         return
     if options.reduction == "sum":
@@ -255,9 +263,23 @@ def _check(logprobs, tensors: dict[str, Tensor | None], mask, cu_seqlens, option
     if isinstance(denominator, Tensor):
         if denominator.dim() != 0:
             raise ValueError(f"denominator: expected a number or a 0-dim tensor, got shape {tuple(denominator.shape)}")
-        check.same_device("denominator", denominator, "logprobs", logprobs)
+        check.same_device("denominator", denominator, "the per-token tensors", like)
     else:
         check.number("denominator", denominator, above=0)
+
+
+def as_denominator(value: float | Tensor | None, dtype: torch.dtype, device: torch.device) -> Tensor | None:
+    if value is None or isinstance(value, Tensor):
+        return prepare(value, dtype)
+    return torch.full((), float(value), dtype=dtype, device=device)
+
+
+def loss_terms(o: PPOLossOptions) -> tuple:
+    """The options as the schema takes them, clip_low to reduction."""
+    return (
+        o.clip_low, o.clip_high, o.dual_clip, o.value_clip, o.value_coef, o.entropy_coef, o.kl_coef,
+        ESTIMATORS.index(o.kl_estimator), o.kl_clamp, o.log_ratio_clamp, REDUCTIONS.index(o.reduction),
+    )  # fmt: skip
 
 
 def ppo_loss(
@@ -293,16 +315,13 @@ def ppo_loss(
     dtype = compute_dtype(logprobs, *tensors.values())
     learned = [prepare(x, dtype) for x in (logprobs, values, entropy)]
     constant = {name: prepare(x.detach(), dtype) for name, x in tensors.items() if x is not None}
-    if denominator is not None and not isinstance(denominator, Tensor):
-        denominator = torch.full((), float(denominator), dtype=dtype, device=logprobs.device)
+    denominator = as_denominator(denominator, dtype, logprobs.device)
     wants = [torch.is_grad_enabled() and x is not None and x.requires_grad for x in learned]
-    o = options
     loss, stats, *_ = call(
         ppo_loss_op,
         learned[0], constant["old_logprobs"], constant["advantages"], prepare(mask), prepare(cu_seqlens),
         learned[1], constant.get("old_values"), constant.get("returns"), learned[2], constant.get("ref_logprobs"),
-        constant.get("is_weights"), prepare(denominator, dtype),
-        o.clip_low, o.clip_high, o.dual_clip, o.value_clip, o.value_coef, o.entropy_coef, o.kl_coef,
-        ESTIMATORS.index(o.kl_estimator), o.kl_clamp, o.log_ratio_clamp, REDUCTIONS.index(o.reduction), *wants,
+        constant.get("is_weights"), denominator,
+        *loss_terms(options), *wants,
     )  # fmt: skip
     return loss, PPOStats(stats.detach())

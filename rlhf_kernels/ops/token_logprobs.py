@@ -33,6 +33,13 @@ BACKWARD_SCHEMA = (
     "Tensor? temperatures, Tensor entropy, Tensor row_max, Tensor log_sum, "
     "float temperature, float? softcap, int ignore_index) -> Tensor"
 )
+# The gradient of a part of the vocabulary, columns [first_id, first_id + v) of the logits, written into `grad`, which
+# holds the logits on entry where none are given. Ids are not looked at: one in another part has no column here.
+INTO_SCHEMA = (
+    "token_logprobs_backward_into(Tensor(a!) grad, Tensor? grad_logprobs, Tensor? grad_entropy, Tensor? logits, "
+    "Tensor token_ids, Tensor? temperatures, Tensor entropy, Tensor row_max, Tensor log_sum, "
+    "float temperature, float? softcap, int ignore_index, int first_id) -> ()"
+)
 
 
 def _scaled(logits: Tensor, temperatures: Tensor | None, temperature: float, softcap: float | None) -> Tensor:
@@ -81,6 +88,45 @@ def token_logprobs_reference(
     return logprobs, entropy, row_max, log_sum
 
 
+def token_logprobs_backward_into_reference(
+    grad: Tensor,  # (..., v)
+    grad_logprobs: Tensor | None,  # (...)
+    grad_entropy: Tensor | None,  # (...)
+    logits: Tensor | None,  # (..., v)
+    token_ids: Tensor,  # (...)
+    temperatures: Tensor | None,  # (...)
+    entropy: Tensor,  # (...) or (0,)
+    row_max: Tensor,  # (...)
+    log_sum: Tensor,  # (...)
+    temperature: float,
+    softcap: float | None,
+    ignore_index: int,
+    first_id: int,
+) -> None:
+    logits = grad if logits is None else logits
+    if not logits.numel():
+        return
+    z = _scaled(logits, temperatures, temperature, softcap)
+    column = (token_ids - first_id).long()
+    here = (column >= 0) & (column < logits.shape[-1])
+    logp = z - row_max[..., None] - log_sum[..., None]
+    p = logp.exp()
+    d = torch.zeros_like(z)
+    if grad_logprobs is not None:
+        chosen = torch.where(here, grad_logprobs.to(z.dtype), 0)
+        d -= p * grad_logprobs[..., None]
+        d.scatter_add_(-1, torch.where(here, column, 0)[..., None], chosen[..., None])
+    if grad_entropy is not None:
+        term = p * (logp + entropy[..., None])
+        d -= torch.where(logp == -float("inf"), 0, term) * grad_entropy[..., None]
+    d = d / (temperature if temperatures is None else temperatures.to(z.dtype)[..., None])
+    if softcap is not None:
+        d = d * (1 - torch.tanh(logits.to(z.dtype) / softcap) ** 2)
+    # -inf logits stand for tokens that cannot be chosen: their gradient is 0, also under a softcap.
+    d = torch.where((logits == -float("inf")) & d.isfinite(), 0, d)
+    grad.copy_(d.masked_fill((token_ids == ignore_index)[..., None], 0))
+
+
 def token_logprobs_backward_reference(
     grad_logprobs: Tensor | None,  # (...)
     grad_entropy: Tensor | None,  # (...)
@@ -94,34 +140,51 @@ def token_logprobs_backward_reference(
     softcap: float | None,
     ignore_index: int,
 ) -> Tensor:
-    if logits.numel() == 0:
-        return torch.zeros_like(logits, memory_format=torch.contiguous_format)
-    z = _scaled(logits, temperatures, temperature, softcap)
-    ignored, bad, safe_ids = _id_masks(logits, token_ids, ignore_index)
-    logp = z - row_max[..., None] - log_sum[..., None]
-    p = logp.exp()
-    grad = torch.zeros_like(z)
-    if grad_logprobs is not None:
-        grad -= p * grad_logprobs[..., None]
-        grad.scatter_add_(-1, safe_ids[..., None], grad_logprobs.to(z.dtype)[..., None])
-    if grad_entropy is not None:
-        term = p * (logp + entropy[..., None])
-        grad -= torch.where(logp == -float("inf"), 0, term) * grad_entropy[..., None]
-    grad = grad / (temperature if temperatures is None else temperatures.to(z.dtype)[..., None])
+    grad = torch.empty_like(logits, memory_format=torch.contiguous_format)
+    _, bad, _ = _id_masks(logits, token_ids, ignore_index)
+    token_logprobs_backward_into_reference(
+        grad, grad_logprobs, grad_entropy, logits, token_ids, temperatures, entropy, row_max, log_sum,
+        temperature, softcap, ignore_index, 0,
+    )  # fmt: skip
+    return grad.masked_fill_(bad[..., None], float("nan"))
+
+
+def check_scoring(
+    token_ids: Tensor, temperature: float | Tensor, softcap: float | None, other_name: str, other: Tensor
+) -> None:
+    """What every op that scores tokens takes; `other` is the tensor that sets the device."""
+    check.is_tensor("token_ids", token_ids)
+    if token_ids.dtype not in (torch.int64, torch.int32):
+        raise TypeError(f"token_ids: expected int64 or int32, got {token_ids.dtype}; convert it with .long()")
+    check.same_device("token_ids", token_ids, other_name, other)
+    if isinstance(temperature, Tensor):
+        check.is_float("temperature", temperature)
+        check.same_shape("temperature", temperature, "token_ids", token_ids.shape)
+        check.same_device("temperature", temperature, other_name, other)
+    else:
+        check.number("temperature", temperature, above=0)
     if softcap is not None:
-        grad = grad * (1 - torch.tanh(logits.to(z.dtype) / softcap) ** 2)
-    # -inf logits stand for tokens that cannot be chosen: their gradient is 0, also under a softcap.
-    grad = torch.where((logits == -float("inf")) & grad.isfinite(), 0, grad)
-    return grad.masked_fill(bad[..., None], float("nan")).masked_fill(ignored[..., None], 0).to(logits.dtype)
+        check.number("softcap", softcap, above=0)
+
+
+def split_temperature(temperature: float | Tensor, dtype: torch.dtype) -> tuple[float, Tensor | None]:
+    """(the number, the tensor) that a schema takes: one of them is used."""
+    if isinstance(temperature, Tensor):
+        return 1.0, temperature.detach().to(dtype).contiguous()
+    return float(temperature), None
+
+
+def check_ignore_index(ignore_index: int) -> None:
+    if isinstance(ignore_index, bool) or not isinstance(ignore_index, int):
+        raise TypeError(f"ignore_index: expected an int, got {ignore_index!r}")
 
 
 def _check(
     logits: Tensor, token_ids: Tensor, temperature: float | Tensor, softcap: float | None, ignore_index: int
 ) -> None:
     check.is_float("logits", logits)
-    check.is_tensor("token_ids", token_ids)
-    if token_ids.dtype not in (torch.int64, torch.int32):
-        raise TypeError(f"token_ids: expected int64 or int32, got {token_ids.dtype}; convert it with .long()")
+    check_scoring(token_ids, temperature, softcap, "logits", logits)
+    check_ignore_index(ignore_index)
     if logits.dim() == 0 or logits.shape[:-1] != token_ids.shape:
         expected = f"expected logits {(*token_ids.shape, 'V')} for token_ids {tuple(token_ids.shape)}"
         raise ValueError(
@@ -130,17 +193,6 @@ def _check(
         )
     if logits.shape[-1] == 0 and token_ids.numel():
         raise ValueError(f"logits: expected a vocabulary of at least one token, got {tuple(logits.shape)}")
-    check.same_device("token_ids", token_ids, "logits", logits)
-    if isinstance(temperature, Tensor):
-        check.is_float("temperature", temperature)
-        check.same_shape("temperature", temperature, "token_ids", token_ids.shape)
-        check.same_device("temperature", temperature, "logits", logits)
-    else:
-        check.number("temperature", temperature, above=0)
-    if softcap is not None:
-        check.number("softcap", softcap, above=0)
-    if isinstance(ignore_index, bool) or not isinstance(ignore_index, int):
-        raise TypeError(f"ignore_index: expected an int, got {ignore_index!r}")
 
 
 def _fake(logits, token_ids, temperatures, temperature, softcap, ignore_index, return_entropy):
@@ -171,6 +223,7 @@ def _backward(ctx, grad_logprobs, grad_entropy, _grad_row_max, _grad_log_sum):
     return grad, None, None, None, None, None, None
 
 
+token_logprobs_backward_into = define(INTO_SCHEMA, token_logprobs_backward_into_reference, lambda *_: None)
 token_logprobs_backward = define(BACKWARD_SCHEMA, token_logprobs_backward_reference, _fake_backward)
 token_logprobs_op = define(SCHEMA, token_logprobs_reference, _fake, setup_context=_setup_context, backward=_backward)
 
@@ -201,12 +254,9 @@ def token_logprobs(
     the device, its log-probability and gradient are NaN. Per-row temperatures are not looked at: each must be > 0.
     """
     _check(logits, token_ids, temperature, softcap, ignore_index)
-    temperatures = temperature if isinstance(temperature, Tensor) else None
-    if temperatures is not None:
-        temperatures = temperatures.detach().to(compute_dtype(logits)).contiguous()
+    scalar, temperatures = split_temperature(temperature, compute_dtype(logits))
     if logits.stride(-1) != 1 and logits.shape[-1] > 1:
         logits = logits.contiguous()
-    scalar = 1.0 if temperatures is not None else float(temperature)
     logprobs, entropy, _, _ = call(
         token_logprobs_op, logits, token_ids.contiguous(), temperatures, scalar, softcap, ignore_index, return_entropy
     )

@@ -11,11 +11,12 @@ from .gae import gae
 from .masked_whiten import masked_whiten
 from .ppo_advantages import ppo_advantages
 from .ppo_loss import ppo_loss
-from .token_logprobs import token_logprobs, token_logprobs_backward
+from .token_logprobs import token_logprobs, token_logprobs_backward, token_logprobs_backward_into
 
 KERNELS: dict[str, Callable] = {
     "token_logprobs": token_logprobs,
     "token_logprobs_backward": token_logprobs_backward,
+    "token_logprobs_backward_into": token_logprobs_backward_into,
     "gae": gae,
     "masked_whiten": masked_whiten,
     "ppo_advantages": ppo_advantages,

@@ -107,12 +107,15 @@ def _forward_kernel(
 @triton.jit
 def _backward_kernel(
     grad_logprobs, grad_entropy, logits, ids, temperatures, entropy, row_max, log_sum, grad, n_columns, origin, inner,
-    stride_outer, stride_inner, ignore_index, temperature: tl.float64, softcap: tl.float64,
-    SOFTCAP: tl.constexpr, DENSE: tl.constexpr, ALIGN: tl.constexpr, BLOCK: tl.constexpr,
+    stride_outer, stride_inner, ignore_index, first_id, temperature: tl.float64, softcap: tl.float64,
+    WHOLE: tl.constexpr, SOFTCAP: tl.constexpr, DENSE: tl.constexpr, ALIGN: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     DTYPE: tl.constexpr = row_max.dtype.element_ty
     row = tl.program_id(0).to(tl.int64)
     token, kept, bad = _token(ids, row, n_columns, ignore_index)
+    if not WHOLE:  # ids of other columns are no error; one that is has made log_sum NaN
+        token -= first_id
+        bad = kept & (row < 0)
     inverse = _inverse_temperature(temperatures, temperature, row, kept, DTYPE)
     cap = tl.full((), softcap, DTYPE)
     aligned, first = _row_start(row, origin, inner, stride_outer, stride_inner, ALIGN)
@@ -216,14 +219,34 @@ def token_logprobs_backward(
     ignore_index: int,
 ) -> Tensor:
     grad = torch.empty_like(logits, memory_format=torch.contiguous_format)
+    saved = (token_ids, temperatures, entropy, row_max, log_sum)
+    _backward(grad, grad_logprobs, grad_entropy, logits, *saved, temperature, softcap, ignore_index, None)
+    return grad
+
+
+def token_logprobs_backward_into(
+    grad: Tensor,  # (..., v) contiguous; holds the logits where none are given
+    grad_logprobs: Tensor | None,  # (...), any strides, as grad_entropy
+    grad_entropy: Tensor | None,
+    logits: Tensor | None,
+    *rest,
+) -> None:
+    _backward(grad, grad_logprobs, grad_entropy, grad if logits is None else logits, *rest)
+
+
+def _backward(
+    grad, grad_logprobs, grad_entropy, logits, token_ids, temperatures, entropy, row_max, log_sum, temperature,
+    softcap, ignore_index, first_id,
+) -> None:  # fmt: skip
+    """first_id None: the logits are whole rows, and an id outside them is an error."""
     if not logits.numel():
-        return grad
+        return
     memory, rows = _rows(logits)
     upstream, tokens = map(prepare, (grad_logprobs, grad_entropy)), map(prepare, (token_ids, temperatures))
     dense = logits.is_contiguous() and not logits.storage_offset()
     launch(
         _backward_kernel, (token_ids.numel(),), logits,
         *upstream, memory, *tokens, entropy, row_max, log_sum, grad, logits.shape[-1], *rows,
-        ignore_index, temperature, softcap or 1.0, SOFTCAP=softcap is not None, DENSE=dense, **_meta(logits),
+        ignore_index, first_id or 0, temperature, softcap or 1.0,
+        WHOLE=first_id is None, SOFTCAP=softcap is not None, DENSE=dense, **_meta(logits),
     )  # fmt: skip
-    return grad
