@@ -1,6 +1,7 @@
 """The cases of the battery: inputs, and oracles written as a textbook would, with autograd and loops, apart from the
 references. A file holds the cases of ops that share their inputs."""
 
+from .linear import LINEAR_PPO_LOSS, LINEAR_TOKEN_LOGPROBS
 from .ppo_loss import PPO_LOSS
 from .token_logprobs import TOKEN_LOGPROBS
 from .tokens import GAE, MASKED_WHITEN, PPO_ADVANTAGES, TOKEN_KL
@@ -8,4 +9,5 @@ from .tokens import GAE, MASKED_WHITEN, PPO_ADVANTAGES, TOKEN_KL
 CASES = {
     "token_logprobs": TOKEN_LOGPROBS, "token_kl": TOKEN_KL, "gae": GAE, "masked_whiten": MASKED_WHITEN,
     "ppo_advantages": PPO_ADVANTAGES, "ppo_loss": PPO_LOSS,
+    "linear_token_logprobs": LINEAR_TOKEN_LOGPROBS, "linear_ppo_loss": LINEAR_PPO_LOSS,
 }  # fmt: skip

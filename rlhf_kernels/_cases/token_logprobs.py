@@ -17,7 +17,7 @@ def _token_logprobs(logits, token_ids, temperature=1.0, **options):
     return out if isinstance(out, tuple) else (out,)
 
 
-def _token_logprobs_oracle(logits, token_ids, temperature=1.0, softcap=None, return_entropy=False):
+def token_logprobs_oracle(logits, token_ids, temperature=1.0, softcap=None, return_entropy=False):
     z = logits if softcap is None else softcap * torch.tanh(logits / softcap)
     z = z / (temperature[..., None] if isinstance(temperature, Tensor) else temperature)
     every = torch.log_softmax(z.clamp(min=max(torch.finfo(z.dtype).min, -1e9)), -1)
@@ -41,7 +41,7 @@ def _logprob_case(
         options["temperature"] = temperature
     return OpCase(
         "token_logprobs", name, partial(logits, **inputs),
-        partial(_token_logprobs, **options), partial(_token_logprobs_oracle, **options),
+        partial(_token_logprobs, **options), partial(token_logprobs_oracle, **options),
         learned=("logits",), row_major=("logits",), large=large, values_only=values_only,
     )  # fmt: skip
 
