@@ -7,23 +7,28 @@ rewards, ppo_loss. `backends()` says which kernel serves each op on this machine
 
 from ._head import Chunking
 from ._library import Backends, backend, backends, load_kernels
+from .ops.dpo_loss import DPOOptions, dpo_loss
 from .ops.gae import gae
+from .ops.group_advantages import group_advantages
+from .ops.linear_dpo_loss import linear_dpo_loss
 from .ops.linear_ppo_loss import linear_ppo_loss
 from .ops.linear_token_logprobs import linear_token_logprobs
 from .ops.masked_whiten import masked_whiten
 from .ops.ppo_advantages import AdvantageOptions, PPOAdvantages, ppo_advantages
 from .ops.ppo_loss import PPOLossOptions, ppo_loss
+from .ops.sequence_logprobs import sequence_logprobs
 from .ops.token_kl import token_kl
 from .ops.token_logprobs import token_logprobs
 from .packing import pack_sequences, plan_microbatches
-from .stats import PPOStats
+from .stats import DPOStats, PPOStats
 
 __version__ = "0.1.0"
 
 load_kernels()
 
 __all__ = [
-    "AdvantageOptions", "Backends", "Chunking", "PPOAdvantages", "PPOLossOptions", "PPOStats",
-    "backend", "backends", "gae", "linear_ppo_loss", "linear_token_logprobs", "masked_whiten",
-    "pack_sequences", "plan_microbatches", "ppo_advantages", "ppo_loss", "token_kl", "token_logprobs",
+    "AdvantageOptions", "Backends", "Chunking", "DPOOptions", "DPOStats", "PPOAdvantages", "PPOLossOptions", "PPOStats",
+    "backend", "backends", "dpo_loss", "gae", "group_advantages", "linear_dpo_loss", "linear_ppo_loss",
+    "linear_token_logprobs", "masked_whiten", "pack_sequences", "plan_microbatches", "ppo_advantages", "ppo_loss",
+    "sequence_logprobs", "token_kl", "token_logprobs",
 ]  # fmt: skip

@@ -36,6 +36,7 @@ from ._library import invalid
 CHUNK_BYTES = {"cpu": 32 << 20, "cuda": 512 << 20}
 MIN_TOKENS = {"cpu": 256, "cuda": 2048}
 MIN_COLUMNS = 1024  # of a tile
+CHUNKED = "chunked products"  # what backends() calls the kernel of an op on hidden states; its row work is an op too
 IGNORED = -(1 << 62)  # an id that no caller has
 
 
@@ -127,22 +128,24 @@ class Rows:
     """The tokens that count, of per-token tensors (..., *rest) flattened to (n, *rest).
 
     On a CPU the others are dropped, so they are never projected. On a GPU their number is not known without waiting for
-    the device: they stay, with `fill` in place of what they hold, and `put` makes their results 0.
+    the device: they stay, with `fill` in place of what they hold, and `put` makes their results 0. `order` puts the
+    tokens into another order, by their flat positions.
     """
 
-    def __init__(self, counted: Tensor) -> None:  # (...) bool
-        self.shape, self.counted, self.index = counted.shape, counted.reshape(-1), None
+    def __init__(self, counted: Tensor, order: Tensor | None = None) -> None:  # (...) bool, (N,) int64
+        self.shape, self.index = counted.shape, order
+        self.counted = counted.reshape(-1) if order is None else counted.reshape(-1)[order]
         if counted.device.type == "cpu":
-            self.index = self.counted.nonzero()[:, 0]
-            if len(self.index) == counted.numel():
-                self.index = self.counted = None
+            kept = self.counted.nonzero()[:, 0]
+            if len(kept) < counted.numel():
+                self.index = kept if order is None else order[kept]
+            self.counted = None
 
     def take(self, x: Tensor | None, fill: float = 0) -> Tensor | None:
         if x is None:
             return None
         x = x.reshape(-1, *x.shape[len(self.shape) :])
-        if self.index is not None:
-            return x[self.index]
+        x = x if self.index is None else x[self.index]
         return x if self.counted is None else x.masked_fill(~self._mask(x), fill)
 
     def ids(self, token_ids: Tensor) -> Tensor:  # (n,) int64, IGNORED where a row stays without counting
@@ -151,9 +154,10 @@ class Rows:
     def put(self, x: Tensor) -> Tensor:
         """(n, *rest) back to (..., *rest), 0 at the tokens that do not count."""
         shape = (*self.shape, *x.shape[1:])
-        if self.index is not None:
-            return x.new_zeros(shape).view(-1, *x.shape[1:]).index_copy_(0, self.index, x).view(shape)
-        return (x if self.counted is None else x.masked_fill(~self._mask(x), 0)).view(shape)
+        x = x if self.counted is None else x.masked_fill(~self._mask(x), 0)
+        if self.index is None:
+            return x.view(shape)
+        return x.new_zeros(self.shape.numel(), *x.shape[1:]).index_copy_(0, self.index, x).view(shape)
 
     def _mask(self, x: Tensor) -> Tensor:
         return self.counted.view(-1, *[1] * (x.dim() - 1))

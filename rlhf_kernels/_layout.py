@@ -59,6 +59,18 @@ def sequence_sums(
     return x.new_zeros(n_sequences).index_add_(0, sequence_ids(x, cu_seqlens), x) if n_sequences else x.new_zeros(0)
 
 
+def segment_sums(
+    x: Tensor,  # (B, T) or (N,)
+    cu_seqlens: Tensor | None,  # (B+1,)
+) -> Tensor:
+    """Sums over each sequence, (B,): differentiable, in a fixed order on every device, unlike index_add_ on a GPU."""
+    if cu_seqlens is None:
+        return x.sum(-1)
+    if cu_seqlens.shape[0] == 1:
+        return x.new_zeros(0)
+    return torch.segment_reduce(x, "sum", offsets=cu_seqlens.long(), initial=0, unsafe=True)
+
+
 def last_counted(
     mask: Tensor,  # (B, T) or (N,) bool
     cu_seqlens: Tensor | None,

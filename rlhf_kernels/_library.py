@@ -34,11 +34,13 @@ _INVALID = "invalid value: "  # what a kernel's message starts with when the cal
 
 @dataclass(frozen=True)
 class Op:
-    """One op: its overload and its reference; `composite` ops have no other kernel by decision."""
+    """One op: its overload and its reference; `kernel` says what serves it where no backend registered a kernel, and
+    `composite` that autograd and the compiler see through it."""
 
     overload: torch._ops.OpOverload
     reference: Callable
     composite: bool = False
+    kernel: str = "reference"
 
 
 OPS: dict[str, Op] = {}
@@ -56,6 +58,7 @@ def define(
     *,
     setup_context: Callable | None = None,
     backward: Callable | None = None,
+    kernel: str = "reference",  # what the reference is, where it is the kernel by decision
 ) -> torch._ops.OpOverload:
     """Defines an op with kernels. Without `backward` it is not differentiable, on any backend: the reference runs
     under no_grad."""
@@ -71,7 +74,7 @@ def define(
     else:
         torch.library.register_autograd(f"{NAMESPACE}::{name}", backward, setup_context=setup_context, lib=_library)
     overload = getattr(torch.ops.rlhf_kernels, name).default
-    OPS[name] = Op(overload, reference)
+    OPS[name] = Op(overload, reference, kernel=kernel)
     return overload
 
 
@@ -82,7 +85,7 @@ def define_composite(schema: str, reference: Callable) -> torch._ops.OpOverload:
     _library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
     _library.impl(name, reference, "CompositeImplicitAutograd")
     overload = getattr(torch.ops.rlhf_kernels, name).default
-    OPS[name] = Op(overload, reference, composite=True)
+    OPS[name] = Op(overload, reference, composite=True, kernel="torch (by design)")
     return overload
 
 
@@ -256,13 +259,7 @@ def backends() -> Backends:
     if _active is not None:
         served.update({(op, device): _active for op, device, _ in _registrations(_active)})
     devices = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
-    table = {
-        name: {
-            device: "torch (by design)" if op.composite else served.get((name, device), "reference")
-            for device in devices
-        }
-        for name, op in OPS.items()
-    }
+    table = {name: {device: served.get((name, device), op.kernel) for device in devices} for name, op in OPS.items()}
     notes = ("No GPU has timed the Triton and CUDA kernels yet: benchmarks/results holds no GPU file.",)
     return Backends(table, dict(_failures), host_cpu_isa() if "cpu" not in _failures else None, notes)
 

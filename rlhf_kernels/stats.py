@@ -61,3 +61,38 @@ class PPOStats:
                 f"PPOStats has no view {name!r}; it has {', '.join(f for f in PPO_FIELDS if f != 'units')}"
             )
         return self._means()[PPO_FIELDS.index(name)]
+
+
+DPO_FIELDS = ("chosen_rewards", "rejected_rewards", "margins", "accuracy", "logps_chosen", "logps_rejected", "pairs")
+
+
+@dataclass(frozen=True)
+class DPOStats:
+    """Statistics of `dpo_loss`: means over pairs, 0-dim device tensors; `as_dict()` reads all with one transfer.
+
+    A reward is beta * (logp - ref_logp), without the reference where the loss takes none, and of mean log-probabilities
+    for simpo and orpo. accuracy is how often the chosen reward is the larger; logps are sums over sequences.
+    """
+
+    sums: Tensor  # (7,) float64, DPO_FIELDS
+
+    def __add__(self, other: DPOStats) -> DPOStats:
+        """The statistics of both batches together."""
+        return DPOStats(self.sums + other.sums)
+
+    def all_reduce_(self, group: dist.ProcessGroup | None = None) -> DPOStats:
+        """Merges the ranks of a process group in place, on the device."""
+        dist.all_reduce(self.sums, group=group)
+        return self
+
+    def _means(self) -> Tensor:
+        return torch.cat([self.sums[:-1] / self.sums[-1].clamp(min=1), self.sums[-1:]])
+
+    def as_dict(self) -> dict[str, float]:
+        """Every view as a Python number: one host sync."""
+        return dict(zip(DPO_FIELDS, self._means().tolist()))
+
+    def __getattr__(self, name: str) -> Tensor:
+        if name not in DPO_FIELDS:
+            raise AttributeError(f"DPOStats has no view {name!r}; it has {', '.join(DPO_FIELDS)}")
+        return self._means()[DPO_FIELDS.index(name)]

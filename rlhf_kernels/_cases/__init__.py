@@ -3,6 +3,7 @@ references. A file holds the cases of ops that share their inputs."""
 
 from .linear import LINEAR_PPO_LOSS, LINEAR_TOKEN_LOGPROBS
 from .ppo_loss import PPO_LOSS
+from .preference import DPO_LOSS, GROUP_ADVANTAGES, LINEAR_DPO_LOSS, SEQUENCE_LOGPROBS
 from .token_logprobs import TOKEN_LOGPROBS
 from .tokens import GAE, MASKED_WHITEN, PPO_ADVANTAGES, TOKEN_KL
 
@@ -10,4 +11,6 @@ CASES = {
     "token_logprobs": TOKEN_LOGPROBS, "token_kl": TOKEN_KL, "gae": GAE, "masked_whiten": MASKED_WHITEN,
     "ppo_advantages": PPO_ADVANTAGES, "ppo_loss": PPO_LOSS,
     "linear_token_logprobs": LINEAR_TOKEN_LOGPROBS, "linear_ppo_loss": LINEAR_PPO_LOSS,
+    "sequence_logprobs": SEQUENCE_LOGPROBS, "group_advantages": GROUP_ADVANTAGES, "dpo_loss": DPO_LOSS,
+    "linear_dpo_loss": LINEAR_DPO_LOSS,
 }  # fmt: skip

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from .. import _checks as check
-from .._head import IGNORED, PLAN_SCHEMA, Chunking, Head, HeadGradients, Plan, Rows, check_ids, plan, scaled
+from .._head import CHUNKED, IGNORED, PLAN_SCHEMA, Chunking, Head, HeadGradients, Plan, Rows, check_ids, plan, scaled
 from .._layout import check_cu_seqlens, compute_dtype, full_mask, prepare
 from .._library import call, define, once_differentiable
 from ..stats import PPO_FIELDS, PPOStats
@@ -123,7 +123,9 @@ def _backward(ctx, grad_loss, *_):
     return d_hidden, d_weight, None, d_bias, *[None] * (N_ARGUMENTS - 4)
 
 
-linear_ppo_loss_op = define(SCHEMA, linear_ppo_loss_chunked, _fake, setup_context=_setup_context, backward=_backward)
+linear_ppo_loss_op = define(
+    SCHEMA, linear_ppo_loss_chunked, _fake, setup_context=_setup_context, backward=_backward, kernel=CHUNKED
+)
 
 
 def linear_ppo_loss(

@@ -13,7 +13,19 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .._head import IGNORED, PLAN_SCHEMA, Chunking, Head, HeadGradients, Plan, Rows, check_head, check_ids, plan
+from .._head import (
+    CHUNKED,
+    IGNORED,
+    PLAN_SCHEMA,
+    Chunking,
+    Head,
+    HeadGradients,
+    Plan,
+    Rows,
+    check_head,
+    check_ids,
+    plan,
+)
 from .._layout import compute_dtype
 from .._library import call, define, once_differentiable
 from .token_logprobs import (
@@ -153,9 +165,11 @@ def _backward(ctx, grad_logprobs, grad_entropy, *_):
     return (*gradients, *[None] * (N_ARGUMENTS - 4))
 
 
-linear_token_logprobs_backward = define(BACKWARD_SCHEMA, linear_token_logprobs_backward_tiled, _fake_backward)
+linear_token_logprobs_backward = define(
+    BACKWARD_SCHEMA, linear_token_logprobs_backward_tiled, _fake_backward, kernel=CHUNKED
+)
 linear_token_logprobs_op = define(
-    SCHEMA, linear_token_logprobs_chunked, _fake, setup_context=_setup_context, backward=_backward
+    SCHEMA, linear_token_logprobs_chunked, _fake, setup_context=_setup_context, backward=_backward, kernel=CHUNKED
 )
 
 
