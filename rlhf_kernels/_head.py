@@ -76,7 +76,7 @@ def plan(hidden: Tensor, weight: Tensor, logit_scale: float, chunk_size: int | C
     check.number("logit_scale", logit_scale)
     chunking = chunk_size if isinstance(chunk_size, Chunking) else Chunking(chunk_size)
     device, dtype = hidden.device.type, torch.promote_types(hidden.dtype, weight.dtype)
-    if dtype != torch.float64 and torch.is_autocast_enabled(device):
+    if dtype != torch.float64 and device != "meta" and torch.is_autocast_enabled(device):
         dtype = torch.get_autocast_dtype(device)
     if device == "cpu":
         dtype = torch.promote_types(dtype, torch.float32)

@@ -1,6 +1,5 @@
 """dpo_loss: the battery, then what is particular to it."""
 
-import pytest
 from conftest import battery
 
 import rlhf_kernels

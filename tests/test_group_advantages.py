@@ -1,6 +1,5 @@
 """group_advantages: the battery, then what is particular to it."""
 
-import pytest
 from conftest import battery
 
 import rlhf_kernels

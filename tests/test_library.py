@@ -11,8 +11,9 @@ from conftest import ROOT
 
 import rlhf_kernels
 from rlhf_kernels import _library, testing
+from rlhf_kernels._head import CHUNKED
 
-OPS = [name for name in _library.OPS if not name.endswith("_backward")]
+OPS = [name for name in _library.OPS if "_backward" not in name]
 
 
 def python(code: str, **environment: str) -> subprocess.CompletedProcess:
@@ -30,7 +31,8 @@ def python(code: str, **environment: str) -> subprocess.CompletedProcess:
 def test_every_op_is_complete(op):
     """An op has a contract file, a public function with documented shapes, battery cases and a test file."""
     source = (ROOT / "rlhf_kernels" / "ops" / f"{op}.py").read_text()
-    order = ['"""', "SCHEMA = ", f"def {op}_reference(", f"{op}_op = define", f"\ndef {op}("]
+    body = "chunked" if _library.OPS[op].kernel == CHUNKED else "reference"
+    order = ['"""', "SCHEMA = ", f"def {op}_{body}(", f"{op}_op = define", f"\ndef {op}("]
     positions = [source.find(marker) for marker in order]
     assert -1 not in positions and positions == sorted(positions), dict(zip(order, positions))
     assert getattr(rlhf_kernels, op).__doc__
@@ -39,7 +41,7 @@ def test_every_op_is_complete(op):
     assert getattr(torch.ops.rlhf_kernels, op).default is _library.OPS[op].overload
 
 
-@pytest.mark.parametrize("op", [op for op in OPS if not _library.OPS[op].composite])
+@pytest.mark.parametrize("op", [op for op in OPS if "by design" not in _library.OPS[op].kernel])
 def test_every_op_with_kernels_has_a_benchmark(op):
     assert (ROOT / "benchmarks" / f"bench_{op}.py").exists()
 

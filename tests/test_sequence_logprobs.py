@@ -1,6 +1,5 @@
 """sequence_logprobs: the battery, then what is particular to it."""
 
-import pytest
 from conftest import battery
 
 import rlhf_kernels

@@ -1,8 +1,8 @@
 """Direct preference losses from sequence log-probabilities, their gradients and statistics.
 
-c, j are the log-ratios to the reference of chosen and rejected, d = c - j; C, J are divided by the token counts, M their
-difference, the same for types without a reference with log-probabilities in place of ratios. s is the sigmoid, e
-label_smoothing. The loss is the mean over pairs.
+c, j are the log-ratios to the reference of chosen and rejected, d = c - j; C, J are divided by the token counts, M is
+their difference; for types without a reference they are log-probabilities. s is the sigmoid, e label_smoothing. The
+loss is the mean over pairs.
 
     sigmoid        -(1-e) log s(beta d) - e log s(-beta d)                 arXiv 2305.18290; e > 0 is cDPO
     hinge          max(0, 1 - beta d)                                      arXiv 2309.06657
