@@ -63,9 +63,8 @@ def test_micro_batches_sum_to_one_batch(reduction):
 
 def test_products_are_three(monkeypatch):
     """One forward, two gradients; one under no_grad."""
-    calls, accumulate = [], _head.accumulate
+    x, calls, accumulate = _inputs(), [], _head.accumulate
     monkeypatch.setattr(_head, "accumulate", lambda *a, **k: (calls.append(1), accumulate(*a, **k)))
-    x = _inputs()
     loss, _, _ = linear_ppo_loss(**x)
     assert len(calls) == 3
     loss.backward()
@@ -129,7 +128,6 @@ def test_training_lowers_the_loss():
         (grad,) = torch.autograd.grad(loss, weight)
         weight = (weight - 0.05 * grad).detach().requires_grad_()
     assert losses[-1] < losses[0] - 0.5 * 20 * 0.05 * 0.5 * grad.square().sum().item()
-    assert all(b <= a + 1e-9 for a, b in zip(losses[:3], losses[1:4]))
 
 
 def test_bad_input():
