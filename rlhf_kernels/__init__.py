@@ -11,8 +11,10 @@ from .ops.dpo_loss import DPOOptions, dpo_loss
 from .ops.gae import gae
 from .ops.group_advantages import group_advantages
 from .ops.linear_dpo_loss import linear_dpo_loss
+from .ops.linear_kl import linear_kl
 from .ops.linear_ppo_loss import linear_ppo_loss
 from .ops.linear_token_logprobs import linear_token_logprobs
+from .ops.logits_kl import logits_kl
 from .ops.masked_whiten import masked_whiten
 from .ops.ppo_advantages import AdvantageOptions, PPOAdvantages, ppo_advantages
 from .ops.ppo_loss import PPOLossOptions, ppo_loss
@@ -27,8 +29,8 @@ __version__ = "0.1.0"
 load_kernels()
 
 __all__ = [
-    "AdvantageOptions", "Backends", "Chunking", "DPOOptions", "DPOStats", "PPOAdvantages", "PPOLossOptions", "PPOStats",
-    "backend", "backends", "dpo_loss", "gae", "group_advantages", "linear_dpo_loss", "linear_ppo_loss",
-    "linear_token_logprobs", "masked_whiten", "pack_sequences", "plan_microbatches", "ppo_advantages", "ppo_loss",
-    "sequence_logprobs", "token_kl", "token_logprobs",
+    "AdvantageOptions", "Backends", "Chunking", "DPOOptions", "DPOStats", "PPOAdvantages", "PPOLossOptions",
+    "PPOStats", "backend", "backends", "dpo_loss", "gae", "group_advantages", "linear_dpo_loss", "linear_kl",
+    "linear_ppo_loss", "linear_token_logprobs", "logits_kl", "masked_whiten", "pack_sequences", "plan_microbatches",
+    "ppo_advantages", "ppo_loss", "sequence_logprobs", "token_kl", "token_logprobs",
 ]  # fmt: skip

@@ -20,6 +20,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import reduce
 
 import torch
 from torch import Tensor
@@ -71,20 +72,23 @@ class Plan:
 PLAN_SCHEMA = "float logit_scale, int chunk_tokens, ScalarType product_dtype, ScalarType logits_dtype"
 
 
-def plan(hidden: Tensor, weight: Tensor, logit_scale: float, chunk_size: int | Chunking | None) -> Plan:
-    """Chunk size and dtypes of a call. Under autocast on a GPU the products run in its dtype, as F.linear's would."""
+def plan(
+    hidden: Tensor, weight: Tensor, logit_scale: float, chunk_size: int | Chunking | None, *others: Tensor
+) -> Plan:
+    """Chunk size and dtypes of a call; `others` are operands too. Under autocast on a GPU the products run in its
+    dtype, as F.linear's would."""
     check.number("logit_scale", logit_scale)
     chunking = chunk_size if isinstance(chunk_size, Chunking) else Chunking(chunk_size)
-    device, dtype = hidden.device.type, torch.promote_types(hidden.dtype, weight.dtype)
+    device, dtype = hidden.device.type, reduce(torch.promote_types, [x.dtype for x in (hidden, weight, *others)])
     if dtype != torch.float64 and device != "meta" and torch.is_autocast_enabled(device):
         dtype = torch.get_autocast_dtype(device)
     if device == "cpu":
         dtype = torch.promote_types(dtype, torch.float32)
     logits_dtype = chunking.logits_dtype or dtype
-    if logits_dtype not in (dtype, compute_dtype(hidden, weight)):
+    if logits_dtype not in (dtype, compute_dtype(hidden, weight, *others)):
         raise TypeError(
             f"logits_dtype: expected {dtype}, in which the products run here, or "
-            f"{compute_dtype(hidden, weight)}, got {logits_dtype}"
+            f"{compute_dtype(hidden, weight, *others)}, got {logits_dtype}"
         )
     row = max(weight.shape[0], 1) * logits_dtype.itemsize
     kind = device if device in CHUNK_BYTES else "cuda"

@@ -148,7 +148,7 @@ def test_wrong_id_names_its_position():
         ),
         ({"temperature": 0.0}, ValueError, "temperature: expected a number above 0, got 0.0"),
         ({"temperature": float("nan")}, ValueError, "temperature: expected a finite int or float"),
-        ({"temperature": torch.ones(2)}, ValueError, r"temperature: expected the shape \(2, 3\) of token_ids"),
+        ({"temperature": torch.ones(2)}, ValueError, r"temperature: expected the shape \(2, 3\) of the tokens"),
         ({"softcap": -1.0}, ValueError, "softcap: expected a number above 0"),
         ({"ignore_index": 1.5}, TypeError, "ignore_index: expected an int"),
     ],

@@ -3,27 +3,12 @@
 #include <tuple>
 #include <vector>
 
-#include "common/checks.h"
+#include "cpu/logits.h"
 #include "cpu/parallel.h"
 #include "cpu/token_logprobs_kernel.h"
 
 namespace rlhf {
 namespace {
-
-LogitsType logits_type(const Tensor& logits) {
-  switch (logits.scalar_type()) {
-    case ScalarType::Float:
-      return LogitsType::kFloat;
-    case ScalarType::Double:
-      return LogitsType::kDouble;
-    case ScalarType::BFloat16:
-      return LogitsType::kBFloat16;
-    case ScalarType::Half:
-      return LogitsType::kFloat16;
-    default:
-      refuse("logits", "expected float32, float64, bfloat16 or float16");
-  }
-}
 
 template <class Id>
 void check_ids(const Tensor& token_ids, int64_t vocab, int64_t ignore_index) {
@@ -43,15 +28,7 @@ void check_ids(const Tensor& token_ids, int64_t vocab, int64_t ignore_index) {
 }
 
 void check_rows(const Tensor& logits, const Tensor& token_ids, const std::optional<Tensor>& temperatures) {
-  const int64_t dims = logits.dim() - 1;
-  if (dims < 0 || dims != token_ids.dim()) refuse("logits", "expected one dimension more than token_ids");
-  for (int64_t d = 0; d < dims; ++d) {
-    if (logits.size(d) != token_ids.size(d))
-      refuse("logits", "expected the leading shape " + tuple_text(token_ids.sizes()) + " of token_ids, got " +
-                           tuple_text(logits.sizes()));
-  }
-  if (logits.size(dims) > 1 && logits.stride(dims) != 1)
-    refuse("logits", "expected the last stride to be 1; call .contiguous()");
+  check_logits("logits", logits, "token_ids", token_ids);
   const ScalarType ids = token_ids.scalar_type();
   if (ids != ScalarType::Long && ids != ScalarType::Int) refuse("token_ids", "expected int64 or int32");
   check_like("token_ids", token_ids, ids, token_ids);
@@ -71,21 +48,13 @@ void check_arguments(const Tensor& logits, const Tensor& token_ids, const std::o
 }
 
 template <class T>
-RowArgs<T> row_args(const Tensor& logits, const Tensor& token_ids, const std::optional<Tensor>& temperatures,
-                    double temperature, const std::optional<double>& softcap, int64_t ignore_index) {
-  RowArgs<T> rows;
-  rows.logits = logits.const_data_ptr();
-  rows.type = logits_type(logits);
-  rows.dims = token_ids.dim();
-  rows.vocab = logits.size(rows.dims);
-  rows.sizes = logits.sizes().data();
-  rows.strides = logits.strides().data();
+TokenRows<T> token_rows(const Tensor& logits, const Tensor& token_ids, const std::optional<Tensor>& temperatures,
+                        double temperature, const std::optional<double>& softcap, int64_t ignore_index) {
+  TokenRows<T> rows;
+  static_cast<LogitRows<T>&>(rows) = logit_rows<T>("logits", logits, temperatures, temperature, softcap);
   rows.ids = token_ids.const_data_ptr();
   rows.narrow_ids = token_ids.scalar_type() == ScalarType::Int;
   rows.ignore_index = ignore_index;
-  rows.temperatures = data<T>(temperatures);
-  rows.temperature = temperature;
-  rows.softcap = softcap.value_or(0);
   return rows;
 }
 
@@ -101,7 +70,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> token_logprobs(const Tensor& logits, 
   with_compute_type(logprobs, [&](auto type) {
     using T = decltype(type);
     ForwardArgs<T> args;
-    args.rows = row_args<T>(logits, token_ids, temperatures, temperature, softcap, ignore_index);
+    args.rows = token_rows<T>(logits, token_ids, temperatures, temperature, softcap, ignore_index);
     args.logprobs = mutable_data<T>(logprobs);
     args.entropy = return_entropy ? mutable_data<T>(entropy) : nullptr;
     args.row_max = mutable_data<T>(row_max);
@@ -109,15 +78,6 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> token_logprobs(const Tensor& logits, 
     parallel(token_ids.numel(), 1, RLHF_TABLE(token_logprobs_table).forward, args);
   });
   return {logprobs, entropy, row_max, log_sum};
-}
-
-// A saved or upstream per-row tensor, made contiguous: .sum() sends a gradient of stride 0.
-std::optional<Tensor> dense_rows(const char* name, const std::optional<Tensor>& x, ScalarType dtype,
-                                 const Tensor& token_ids) {
-  if (!x) return std::nullopt;
-  const Tensor dense = torch::stable::contiguous(*x);
-  check_like(name, dense, dtype, token_ids);
-  return dense;
 }
 
 // Over the logits where none are given: `grad` holds them then.
@@ -138,7 +98,7 @@ void token_logprobs_backward_into(const Tensor& grad, std::optional<Tensor> grad
   with_compute_type(row_max, [&](auto type) {
     using T = decltype(type);
     BackwardArgs<T> args;
-    args.rows = row_args<T>(logits, token_ids, temperatures, temperature, softcap, ignore_index);
+    args.rows = token_rows<T>(logits, token_ids, temperatures, temperature, softcap, ignore_index);
     args.grad_logprobs = data<T>(g_logprobs);
     args.grad_entropy = data<T>(g_entropy);
     args.entropy = data<T>(entropy);

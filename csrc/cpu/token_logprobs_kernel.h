@@ -1,33 +1,21 @@
-// Row loops of token_logprobs. Rows are counted over the flattened leading dimensions.
+// Row loops of token_logprobs.
 #pragma once
 
-#include <cstdint>
-
 #include "cpu/dispatch.h"
+#include "cpu/logit_rows.h"
 
 namespace rlhf {
 
-enum class LogitsType { kFloat, kDouble, kBFloat16, kFloat16 };
-
 template <class T>
-struct RowArgs {
-  const void* logits;
-  LogitsType type;
-  int64_t vocab;
-  int64_t dims;  // leading dimensions
-  const int64_t* sizes;
-  const int64_t* strides;  // in elements
-  const void* ids;         // (rows) int64, or int32 if narrow_ids; each in [0, vocab) or ignore_index
+struct TokenRows : LogitRows<T> {
+  const void* ids;  // (rows) int64, or int32 if narrow_ids; each in [0, vocab) or ignore_index
   bool narrow_ids;
   int64_t ignore_index;
-  const T* temperatures;  // (rows), or null: `temperature`
-  double temperature;
-  double softcap;  // 0: none
 };
 
 template <class T>
 struct ForwardArgs {
-  RowArgs<T> rows;
+  TokenRows<T> rows;
   T* logprobs;  // all (rows)
   T* entropy;   // null: not wanted
   T* row_max;
@@ -36,7 +24,7 @@ struct ForwardArgs {
 
 template <class T>
 struct BackwardArgs {
-  RowArgs<T> rows;
+  TokenRows<T> rows;
   const T* grad_logprobs;  // (rows) or null, as grad_entropy
   const T* grad_entropy;
   const T* entropy;

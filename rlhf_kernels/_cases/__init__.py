@@ -2,6 +2,7 @@
 references. A file holds the cases of ops that share their inputs."""
 
 from .linear import LINEAR_PPO_LOSS, LINEAR_TOKEN_LOGPROBS
+from .logits_kl import LINEAR_KL, LOGITS_KL
 from .ppo_loss import PPO_LOSS
 from .preference import DPO_LOSS, GROUP_ADVANTAGES, LINEAR_DPO_LOSS, SEQUENCE_LOGPROBS
 from .token_logprobs import TOKEN_LOGPROBS
@@ -12,5 +13,5 @@ CASES = {
     "ppo_advantages": PPO_ADVANTAGES, "ppo_loss": PPO_LOSS,
     "linear_token_logprobs": LINEAR_TOKEN_LOGPROBS, "linear_ppo_loss": LINEAR_PPO_LOSS,
     "sequence_logprobs": SEQUENCE_LOGPROBS, "group_advantages": GROUP_ADVANTAGES, "dpo_loss": DPO_LOSS,
-    "linear_dpo_loss": LINEAR_DPO_LOSS,
+    "linear_dpo_loss": LINEAR_DPO_LOSS, "logits_kl": LOGITS_KL, "linear_kl": LINEAR_KL,
 }  # fmt: skip

@@ -42,7 +42,7 @@ INTO_SCHEMA = (
 )
 
 
-def _scaled(logits: Tensor, temperatures: Tensor | None, temperature: float, softcap: float | None) -> Tensor:
+def scaled_logits(logits: Tensor, temperatures: Tensor | None, temperature: float, softcap: float | None) -> Tensor:
     z = logits.to(compute_dtype(logits))
     if softcap is not None:
         z = softcap * torch.tanh(z / softcap)
@@ -70,7 +70,7 @@ def token_logprobs_reference(
     ignore_index: int,
     return_entropy: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    z = _scaled(logits, temperatures, temperature, softcap)
+    z = scaled_logits(logits, temperatures, temperature, softcap)
     ignored, bad, safe_ids = _id_masks(logits, token_ids, ignore_index)
     if z.numel() == 0:
         return tuple(z.new_zeros(token_ids.shape if i != 1 or return_entropy else (0,)) for i in range(4))
@@ -106,7 +106,7 @@ def token_logprobs_backward_into_reference(
     logits = grad if logits is None else logits
     if not logits.numel():
         return
-    z = _scaled(logits, temperatures, temperature, softcap)
+    z = scaled_logits(logits, temperatures, temperature, softcap)
     column = (token_ids - first_id).long()
     here = (column >= 0) & (column < logits.shape[-1])
     logp = z - row_max[..., None] - log_sum[..., None]
@@ -157,9 +157,16 @@ def check_scoring(
     if token_ids.dtype not in (torch.int64, torch.int32):
         raise TypeError(f"token_ids: expected int64 or int32, got {token_ids.dtype}; convert it with .long()")
     check.same_device("token_ids", token_ids, other_name, other)
+    check_shaping(temperature, softcap, other_name, other, token_ids.shape)
+
+
+def check_shaping(
+    temperature: float | Tensor, softcap: float | None, other_name: str, other: Tensor, shape: torch.Size
+) -> None:
+    """`shape` is that of the rows, one a token."""
     if isinstance(temperature, Tensor):
         check.is_float("temperature", temperature)
-        check.same_shape("temperature", temperature, "token_ids", token_ids.shape)
+        check.same_shape("temperature", temperature, "the tokens", shape)
         check.same_device("temperature", temperature, other_name, other)
     else:
         check.number("temperature", temperature, above=0)
