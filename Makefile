@@ -7,7 +7,7 @@ RUN = $(VENV)/bin/python
 PIP = $(RUN) -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 SOURCES = pyproject.toml setup.py constraints.txt $(shell find csrc -type f)
 
-.PHONY: demo test test-slow bench gpu lint clean
+.PHONY: demo test test-slow bench gpu lint peers clean
 
 demo: $(VENV)/.ready
 	$(RUN) -m rlhf demo
@@ -38,6 +38,26 @@ $(VENV)/.ready: $(SOURCES)
 	$(PIP) torch
 	$(PIP) "setuptools>=77" wheel ninja pybind11
 	$(PIP) --no-build-isolation --editable ".[train,plots,test]"
+	touch $@
+
+# Other projects' formulas (tests/test_peers.py) and PPO trainer (benchmarks/peers) in environments of their own. The
+# constraints keep their torch at ours; trl 1.12.0 is the trainer that the figures compare with.
+peers: .venv-peers/.ready .venv-trl/.ready
+
+.venv-peers/.ready: RUN = .venv-peers/bin/python
+.venv-peers/.ready: $(SOURCES)
+	$(PYTHON) -m venv .venv-peers
+	$(PIP) torch
+	$(PIP) "setuptools>=77" wheel ninja pybind11
+	$(PIP) --no-build-isolation --editable .
+	$(PIP) "trl==1.16.*" liger-kernel triton pytest
+	touch $@
+
+.venv-trl/.ready: RUN = .venv-trl/bin/python
+.venv-trl/.ready: constraints.txt
+	$(PYTHON) -m venv .venv-trl
+	$(PIP) torch
+	$(PIP) trl==1.12.0 transformers accelerate datasets rich
 	touch $@
 
 $(VENV)/.lint: $(VENV)/.ready

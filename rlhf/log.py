@@ -181,6 +181,11 @@ def say(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
 
 
+def say_how_logprobs_are_formed(model: LanguageModel) -> None:
+    if not model.head.fused:
+        say(f"log-probabilities are taken from whole logits, which costs memory: {model.head.reason}")
+
+
 def make_folder(config: RunConfig) -> Path:
     folder = Path(config.output_dir)
     try:

@@ -10,6 +10,7 @@ import copy
 import inspect
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Literal
 
@@ -52,6 +53,19 @@ class _Loaded:
 
 class LanguageModel(_Loaded):
     """Policy or reference. Ids from vocab_size on have no probability, in sampling and in training."""
+
+    @cached_property
+    def head(self) -> rlhf_kernels.LMHead:
+        """What the ops on hidden states need; where it is not fused, its `reason` says why and logits are formed."""
+        return rlhf_kernels.lm_head_of(self.module)
+
+    def head_options(self) -> dict:
+        """The head as those ops take it, cut to the ids that the tokenizer knows."""
+        options = self.head.options() | {"weight": self.head.weight}
+        for name in ("weight", "bias"):
+            if options[name] is not None and len(options[name]) > self.vocab_size:
+                options[name] = options[name][: self.vocab_size]
+        return options
 
 
 class Scorer(_Loaded):
@@ -200,10 +214,31 @@ def response_logprobs(
     batch: SequenceBatch,
     temperature: float = 1.0,
 ) -> tuple[Tensor, Tensor]:  # (B, R) log-probabilities and entropies in nats, 0 beyond a response
-    """The log-probability of every response token, in sampling and in training alike.
+    """The log-probability of every response token, in sampling and in training alike."""
+    if not model.head.fused:
+        return _logprobs_from_logits(model, batch, temperature)
+    hidden, mask = response_hidden(model, batch), batch.response_mask
+    with model.autocast():
+        return rlhf_kernels.linear_token_logprobs(
+            hidden,
+            token_ids=batch.response_ids.masked_fill(~mask, -100),
+            temperature=temperature,
+            return_entropy=True,
+            **model.head_options(),
+        )
 
-    Logits exist from the shortest prompt's end on, and for the ids that the tokenizer knows.
-    """
+
+def response_hidden(model: LanguageModel, batch: SequenceBatch) -> Tensor:  # (B, R, H)
+    """The last hidden states from which each response token is predicted."""
+    with model.autocast():
+        hidden = model.head.hidden(**_inputs(model.module, batch))
+    at = batch.prompt_lengths[:, None] - 1 + torch.arange(batch.response_mask.shape[1], device=hidden.device)
+    at = at.clamp(max=hidden.shape[1] - 1)
+    return hidden.gather(1, at[..., None].expand(-1, -1, hidden.shape[2]))
+
+
+def _logprobs_from_logits(model: LanguageModel, batch: SequenceBatch, temperature: float) -> tuple[Tensor, Tensor]:
+    """Logits exist from the shortest prompt's end on, and for the ids that the tokenizer knows."""
     first = int(batch.prompt_lengths.min()) - 1
     kept = batch.ids.shape[1] - first
     with model.autocast():

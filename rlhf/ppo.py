@@ -17,7 +17,7 @@ import rlhf_kernels
 from rlhf.advantages import Models, score, with_advantages
 from rlhf.config import PPOConfig
 from rlhf.data import TokenExample, load
-from rlhf.log import Clock, Run, say
+from rlhf.log import Clock, Run, say, say_how_logprobs_are_formed
 from rlhf.losses import ppo_losses
 from rlhf.model import (
     LanguageModel,
@@ -80,6 +80,7 @@ def train(
 
 def load_models(config: PPOConfig) -> Models:
     policy = load_language_model(config.model_name_or_path, config)
+    say_how_logprobs_are_formed(policy)
     value = load_value_model(config, policy)
     return Models(policy, value, frozen_copy(policy), load_rewards(config, policy))
 

@@ -57,20 +57,16 @@ def decode(tokenizer, ids: list[int]) -> str:
 
 
 def _sample(model: LanguageModel, ids: Tensor, mask: Tensor, sampling: Sampling, seed, should_stop) -> Tensor:
-    from transformers import GenerationConfig
+    from transformers import GenerationConfig, LogitsProcessorList
 
     module, cuda = model.module, [model.device] if model.device.type == "cuda" else []
-    rows = module.get_output_embeddings().weight.shape[0]
     ours = GenerationConfig(
         max_new_tokens=sampling.max_new_tokens,
-        do_sample=sampling.temperature > 0,
-        temperature=sampling.temperature or 1.0,
-        top_k=0,
-        top_p=1.0,
+        do_sample=False,  # of what _Draw leaves
         eos_token_id=list(model.eos_ids) or None,
         pad_token_id=model.pad_id,
-        suppress_tokens=list(range(model.vocab_size, rows)) or None,
     )
+    draw = LogitsProcessorList([_Draw(sampling.temperature, model.vocab_size)])
 
     def stop(ids: Tensor, scores: Tensor, **_) -> Tensor:
         return torch.full((ids.shape[0],), should_stop(), device=ids.device)
@@ -80,9 +76,37 @@ def _sample(model: LanguageModel, ids: Tensor, mask: Tensor, sampling: Sampling,
     try:
         with torch.no_grad(), torch.random.fork_rng(cuda), model.autocast():
             torch.manual_seed(mix(*seed))
-            return module.generate(input_ids=ids, attention_mask=mask, generation_config=ours, stopping_criteria=[stop])
+            return module.generate(
+                input_ids=ids,
+                attention_mask=mask,
+                generation_config=ours,
+                logits_processor=draw,
+                stopping_criteria=[stop],
+            )
     finally:
         module.generation_config = own
+
+
+class _Draw:
+    """Leaves one token of each row: drawn at the temperature, the likeliest at temperature 0.
+
+    By the inverse of the cumulated probabilities, one random number a row. torch.multinomial takes one a token of the
+    vocabulary, from a generator that runs on one core: 30 ms for 64 x 32000, where this takes 3 (2 cores, 2026-11-25).
+    float64, so that a token of probability 1e-9 is drawn as often as it should be.
+    """
+
+    def __init__(self, temperature: float, vocab_size: int) -> None:
+        self.temperature, self.vocab_size = temperature, vocab_size
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        scores = scores[:, : self.vocab_size]
+        if not self.temperature:
+            return scores
+        cumulated = torch.softmax(scores / self.temperature, -1, dtype=torch.float32).double().cumsum(-1)
+        drawn = torch.rand(len(scores), 1, dtype=torch.float64, device=scores.device) * cumulated[:, -1:]
+        # right: a token whose probability is 0 does not move the sum, and is passed over.
+        token = torch.searchsorted(cumulated, drawn, right=True).clamp_(max=self.vocab_size - 1)
+        return torch.full_like(scores, -torch.inf).scatter_(1, token, 0.0)
 
 
 def mix(*keys: int) -> int:

@@ -8,7 +8,7 @@ import torch
 
 from rlhf.config import SFTConfig
 from rlhf.data import TokenExample, load, plan
-from rlhf.log import Run
+from rlhf.log import Run, say_how_logprobs_are_formed
 from rlhf.losses import completion_loss
 from rlhf.model import LanguageModel, check_context, load_language_model, response_logprobs
 from rlhf.optim import StepGuard, make_optimizer, set_learning_rate
@@ -20,6 +20,7 @@ def train(
     on_step: Callable[[int, LanguageModel, dict[str, float]], None] | None = None,
 ) -> TrainResult:
     model = load_language_model(config.model_name_or_path, config)
+    say_how_logprobs_are_formed(model)
     check_context(model, config.max_length, "max_length")
     source = config.dataset_name, config.dataset_split
     data = load(*source, model.tokenizer, ("completion",), config.max_length, model.eos_ids, model.vocab_size)

@@ -37,6 +37,11 @@ class SequenceBatch:
     def response_mask(self) -> Tensor:  # (B, R) bool
         return length_mask(self.response_lengths)
 
+    @property
+    def response_ids(self) -> Tensor:  # (B, R) int64, any valid id beyond a response
+        at = self.prompt_lengths[:, None] + torch.arange(self.response_mask.shape[1], device=self.ids.device)
+        return self.ids.gather(1, at.clamp(max=self.ids.shape[1] - 1))
+
     def rows(self, index: Tensor) -> SequenceBatch:
         """These rows, padded to their own longest: what a row is computed with depends on its micro-batch alone."""
         prompts, responses = self.prompt_lengths[index], self.response_lengths[index]

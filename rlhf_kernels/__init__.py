@@ -7,6 +7,7 @@ rewards, ppo_loss. `backends()` says which kernel serves each op on this machine
 
 from ._head import Chunking
 from ._library import Backends, backend, backends, load_kernels
+from .lm_head import LMHead, lm_head_of
 from .ops.dpo_loss import DPOOptions, dpo_loss
 from .ops.gae import gae
 from .ops.group_advantages import group_advantages
@@ -29,8 +30,9 @@ __version__ = "0.1.0"
 load_kernels()
 
 __all__ = [
-    "AdvantageOptions", "Backends", "Chunking", "DPOOptions", "DPOStats", "PPOAdvantages", "PPOLossOptions",
-    "PPOStats", "backend", "backends", "dpo_loss", "gae", "group_advantages", "linear_dpo_loss", "linear_kl",
-    "linear_ppo_loss", "linear_token_logprobs", "logits_kl", "masked_whiten", "pack_sequences", "plan_microbatches",
-    "ppo_advantages", "ppo_loss", "sequence_logprobs", "token_kl", "token_logprobs",
+    "AdvantageOptions", "Backends", "Chunking", "DPOOptions", "DPOStats", "LMHead", "PPOAdvantages",
+    "PPOLossOptions", "PPOStats", "backend", "backends", "dpo_loss", "gae", "group_advantages", "linear_dpo_loss",
+    "linear_kl", "linear_ppo_loss", "linear_token_logprobs", "lm_head_of", "logits_kl", "masked_whiten",
+    "pack_sequences", "plan_microbatches", "ppo_advantages", "ppo_loss", "sequence_logprobs", "token_kl",
+    "token_logprobs",
 ]  # fmt: skip

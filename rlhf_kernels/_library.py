@@ -218,6 +218,11 @@ def _select(name: str | None) -> None:
                 _override.impl(op, kernel, _DEVICE_KEYS[device])
 
 
+def active() -> str | None:
+    """The backend that was asked for, if any."""
+    return _active
+
+
 @contextlib.contextmanager
 def backend(name: str) -> Iterator[None]:
     """Runs the block with one backend: "reference", "cpu", "triton" or "cuda"; ops that lack it keep their own choice.

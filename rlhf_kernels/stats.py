@@ -15,6 +15,7 @@ PPO_FIELDS = (
     "policy_loss", "value_loss", "entropy", "kl", "units", "tokens", "approx_kl", "approx_kl_k3",
     "clip_fraction", "dual_clip_fraction", "value_clip_fraction", "ratio_mean", "ratio_max",
 )  # fmt: skip
+_OF_VALUES = [name.startswith("value_") for name in PPO_FIELDS]
 _UNITS, _TOKENS, _MAX = PPO_FIELDS.index("units"), PPO_FIELDS.index("tokens"), len(PPO_FIELDS) - 1
 
 
@@ -34,6 +35,11 @@ class PPOStats:
         merged = self.sums + other.sums
         merged[_MAX] = torch.maximum(self.sums[_MAX], other.sums[_MAX])
         return PPOStats(merged)
+
+    def with_values_of(self, other: PPOStats) -> PPOStats:
+        """These statistics with the value terms of `other`, of the same tokens: for a loss formed in two calls,
+        linear_ppo_loss for the policy and ppo_loss for the values."""
+        return PPOStats(torch.where(torch.tensor(_OF_VALUES, device=self.sums.device), other.sums, self.sums))
 
     def all_reduce_(self, group: dist.ProcessGroup | None = None) -> PPOStats:
         """Merges the ranks of a process group in place, on the device."""

@@ -114,7 +114,9 @@ def check_error_budget(case: OpCase, device: str) -> None:
                     f"{case} {dtype} {kind} {i}: dtype {a.dtype}, expected {expected}"
                 )
                 # A gradient in 16 bits is rounded once at the end: half a unit in the last place of the largest value.
+                # Triton's interpreter cuts off what a device rounds.
                 rounding = torch.finfo(a.dtype).eps / 2 if a.dtype in HALF else 0.0
+                rounding *= 2 if device == "cpu" and _library.active() == "triton" else 1
                 scale = (
                     max(_scale(t), 0.25) if not t.dim() else _scale(t)
                 )  # a loss may cancel: its terms are of order 1

@@ -39,6 +39,37 @@ def _row_launches(dtype, vocab, softcap=None, temperatures=False, entropy=True, 
     return launches
 
 
+def _tile_launches(dtype, vocab, softcap=None, temperatures=False, entropy=True, view=False) -> list[Launch]:
+    """What ops on hidden states launch: gradients over the logits, and of float32 logits into the products' dtype."""
+    launches = []
+    for logits_dtype in {dtype, torch.float32}:
+        logits = torch.zeros(16, vocab, dtype=logits_dtype)
+        grad = logits if logits_dtype == dtype else torch.zeros(16, vocab, dtype=dtype)
+        ids, rows = torch.zeros(16, dtype=torch.int64), torch.zeros(16, dtype=torch.result_type(logits, torch.zeros(1)))
+        temps = rows if temperatures else None
+        given = None if grad is logits else logits
+        with recorded_launches() as found:
+            KERNELS["token_logprobs_backward_into"](
+                grad, rows, rows if entropy else None, given, ids, temps, rows, rows, rows, 0.7, softcap, -100, 4096
+            )
+        launches += found
+    return launches
+
+
+def _divergence_launches(dtype, vocab, softcap=None, temperatures=False, entropy=True, view=False) -> list[Launch]:
+    logits = torch.zeros(2, 4, vocab, dtype=dtype)
+    logits = logits[:, 1:] if view else logits[:, :].flatten(0, 1)
+    rows = torch.zeros(logits.shape[:-1], dtype=torch.result_type(logits.float(), logits))
+    mask, temps = (rows == 0, rows) if temperatures else (None, None)
+    grad = torch.zeros(logits.shape, dtype=dtype)
+    with recorded_launches() as launches:
+        for direction in (0, 1):
+            kl, saved = KERNELS["logits_kl"](logits, logits, mask, temps, 0.7, softcap, direction)
+            shaping = (mask, temps, saved, 0.7, softcap, direction)
+            KERNELS["logits_kl_backward_into"](grad, kl, logits, logits, *shaping)
+    return launches
+
+
 def _token_launches(dtype) -> list[Launch]:
     """Padded and packed, every optional input present and absent, both strategies of the scan."""
     padded, packed = torch.zeros(4, N // 4, dtype=dtype), torch.zeros(N, dtype=dtype)
@@ -83,6 +114,15 @@ def test_row_kernels(case, target):
 
 
 @pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("case", ROWS)
+@pytest.mark.parametrize("launches", [_tile_launches, _divergence_launches], ids=["tiles", "divergence"])
+def test_row_kernels_of_ops_on_hidden_states(launches, case, target):
+    for launch, found in _compiled(launches(**ROWS[case]), target):
+        assert not found.spills and not found.scalar_spills, (launch.name, found)
+        assert found.wide_loads, (launch.name, found)
+
+
+@pytest.mark.parametrize("target", TARGETS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 def test_token_kernels(dtype, target):
     used = _compiled(_token_launches(dtype), target)
@@ -103,10 +143,14 @@ def test_every_kernel_is_compiled():
 
     modules = [
         importlib.import_module(f"rlhf_kernels.triton.{name}")
-        for name in ("token_logprobs", "gae", "masked_whiten", "ppo_advantages", "ppo_loss")
+        for name in ("token_logprobs", "logits_kl", "gae", "masked_whiten", "ppo_advantages", "ppo_loss")
     ]
     written = {
-        name for m in modules for name, f in vars(m).items() if isinstance(f, JITFunction) and name.endswith("_kernel")
+        (m.__name__, name)
+        for m in modules
+        for name, f in vars(m).items()
+        if isinstance(f, JITFunction) and name.endswith("_kernel")
     }
-    launched = {launch.name for launch in [*_row_launches(**ROWS["fp64"]), *_token_launches(torch.float32)]}
+    launches = [*_row_launches(**ROWS["fp64"]), *_divergence_launches(**ROWS["fp64"]), *_token_launches(torch.float32)]
+    launched = {(launch.kernel.fn.__module__, launch.name) for launch in launches}
     assert written == launched

@@ -184,7 +184,7 @@ def _apart(kind: str, c: Tensor, j: Tensor, options: DPOOptions) -> tuple[Tensor
     c, j = c.clamp(max=limit), j.clamp(max=limit)
     u, v = -torch.expm1(c), -torch.expm1(j)
     below = u + torch.exp(c - j) * v
-    return -beta * logsigmoid(c - j - u.log() + v.log()), -beta / below, beta * u / (v * below)
+    return -beta * logsigmoid(c - j - u.log() + v.log()), -beta / below, beta * (u / v / below)
 
 
 def pair_terms(

@@ -30,12 +30,13 @@ def group_advantages_reference(
     on_cpu = type(group_ids) is Tensor and group_ids.device.type == "cpu"  # where looking is free
     if on_cpu and bool(((group_ids < 0) | (group_ids >= count)).any()):
         raise invalid(f"group_ids: expected ids in [0, {count}), got {int(group_ids.min())} to {int(group_ids.max())}")
-    # A table of who is with whom: B x B, sums in a fixed order, and a NaN stays in its own group.
+    # A table of who is with whom: B x B, sums in a fixed order, and a NaN stays in its own group. Differences are
+    # averaged, not scores: equal scores give 0, and a constant added to all of them changes nothing.
     together = group_ids[:, None] == group_ids
     sums = lambda x: x.expand(count, count).masked_fill(~together, 0).sum(-1)  # noqa: E731
     size = together.sum(-1, dtype=scores.dtype)
     alone = size == 1
-    deviation = scores - sums(scores) / size.clamp(min=1)
+    deviation = sums(scores[:, None] - scores) / size.clamp(min=1)
     if KINDS[kind] == "rloo":
         deviation = deviation * (size / (size - 1).clamp(min=1))
     elif KINDS[kind] == "grpo":

@@ -8,6 +8,7 @@ in cu_seqlens are clamped to the tokens that exist.
 from collections.abc import Callable
 
 from .gae import gae
+from .logits_kl import logits_kl, logits_kl_backward_into
 from .masked_whiten import masked_whiten
 from .ppo_advantages import ppo_advantages
 from .ppo_loss import ppo_loss
@@ -17,6 +18,8 @@ KERNELS: dict[str, Callable] = {
     "token_logprobs": token_logprobs,
     "token_logprobs_backward": token_logprobs_backward,
     "token_logprobs_backward_into": token_logprobs_backward_into,
+    "logits_kl": logits_kl,
+    "logits_kl_backward_into": logits_kl_backward_into,
     "gae": gae,
     "masked_whiten": masked_whiten,
     "ppo_advantages": ppo_advantages,

@@ -1,0 +1,58 @@
+"""`python -m benchmarks.peers.models FOLDER`: the models and prompts that both trainers read, by FOLDER/settings.json.
+
+Every response has its full length in both: the pad and EOS ids stand behind the vocabulary of the models, so neither is
+ever sampled.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import sys
+from pathlib import Path
+
+import torch
+
+
+def write(folder: Path) -> None:
+    from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification
+
+    settings = json.loads((folder / "settings.json").read_text(encoding="utf-8"))
+    vocab = settings["vocab"]
+    config = LlamaConfig(
+        vocab_size=vocab,
+        hidden_size=128,
+        intermediate_size=512,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        max_position_embeddings=settings["prompt_length"] + settings["response_length"],
+        pad_token_id=None,
+        bos_token_id=None,
+        eos_token_id=None,
+        num_labels=1,
+    )
+    torch.manual_seed(0)
+    for name, kind in (("policy", LlamaForCausalLM), ("reward", LlamaForSequenceClassification)):
+        kind(config).save_pretrained(folder / name)
+        tokenizer(vocab).save_pretrained(folder / name)
+    rng = random.Random(0)
+    texts = [
+        " ".join(f"w{rng.randrange(vocab)}" for _ in range(settings["prompt_length"]))
+        for _ in range(settings["prompts"])
+    ]
+    (folder / "prompts.jsonl").write_text("".join(json.dumps({"prompt": t}) + "\n" for t in texts), encoding="utf-8")
+
+
+def tokenizer(vocab: int):
+    """Words w0, w1, ...; transformers puts the special tokens behind them."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    words = Tokenizer(models.WordLevel({f"w{i}": i for i in range(vocab)}, unk_token="w0"))
+    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<|pad|>", eos_token="<|eos|>")
+
+
+if __name__ == "__main__":
+    write(Path(sys.argv[1]))
