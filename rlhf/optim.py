@@ -21,7 +21,7 @@ def make_optimizer(models: list[tuple[nn.Module, float]], config: TrainConfig) -
         ):
             groups.append({"params": params, "weight_decay": decay, "peak_lr": rate, "lr": rate})
     betas = (config.adam_beta1, config.adam_beta2)
-    return torch.optim.AdamW([g for g in groups if g["params"]], betas=betas, eps=config.adam_epsilon)
+    return torch.optim.AdamW([g for g in groups if g["params"]], betas=betas, eps=config.adam_epsilon, fused=True)
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, config: TrainConfig, step: int, total: int) -> float:

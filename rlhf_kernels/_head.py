@@ -36,9 +36,31 @@ from ._library import invalid
 # 2048 tokens make the additions to a float32 gradient of 128256 x 4096 a tenth of the products' time.
 CHUNK_BYTES = {"cpu": 32 << 20, "cuda": 512 << 20}
 MIN_TOKENS = {"cpu": 256, "cuda": 2048}
-MIN_COLUMNS = 1024  # of a tile
+# Where logits are computed again, a GPU splits the vocabulary, into no fewer columns than these: by arithmetic that
+# spares the additions to d_weight. A CPU takes the chunks of the forward, whose logits come again to the bit: those of
+# another shape of product did not, and at an offset of 1e4 (257 x 64 x 50257, 2026-11-25) cost d_hidden a digit.
+MIN_COLUMNS = {"cpu": None, "cuda": 1024}
 CHUNKED = "chunked products"  # what backends() calls the kernel of an op on hidden states; its row work is an op too
 IGNORED = -(1 << 62)  # an id that no caller has
+
+
+# MKL, which torch.mm calls on x86, leaves AVX-512 aside on processors of AMD; oneDNN, also within torch, does not: on 2
+# cores of a Zen 5 (2026-11-25) logits of 262 x 128 x 32000 float32 come at 410 GFLOP/s, not 180. But it adds along a
+# row in one chain where MKL starts again after 384 terms, so beyond that it would cost a digit.
+ONEDNN_WIDTH = 384
+
+
+def _prefers_onednn() -> bool:
+    try:
+        from . import _host
+    except ImportError:
+        return False
+    return (
+        _host.cpu_is_amd() and torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+    )
+
+
+ONEDNN = _prefers_onednn()
 
 
 @dataclass(frozen=True)
@@ -171,8 +193,8 @@ class Head:
     """The operands of one call, in the dtype of the products, and one buffer for the chunk of logits."""
 
     def __init__(self, hidden: Tensor, weight: Tensor, bias: Tensor | None, plan: Plan) -> None:  # (N, H), (V, H), (V,)
-        self.hidden, self.weight = hidden.to(plan.product_dtype), weight.to(plan.product_dtype)
-        self.bias = None if bias is None else bias.to(plan.logits_dtype)
+        self.hidden, self.weight = (x.to(plan.product_dtype).contiguous() for x in (hidden, weight))
+        self.bias = None if bias is None else bias.to(plan.logits_dtype).contiguous()
         self.plan = plan
         self._buffer: Tensor | None = None
 
@@ -182,13 +204,14 @@ class Head:
         return [(slice(i, min(i + size, n)), everything) for i in range(0, n, size)]
 
     def tiles(self) -> list[tuple[slice, slice]]:
-        """(tokens, columns of the vocabulary) a piece, of a chunk's size, columns outermost. Splitting the vocabulary
-        first leaves d_hidden to be summed, which is small beside d_weight."""
+        """(tokens, columns of the vocabulary) a piece, of a chunk's size, for an op that computes logits again. Columns
+        outermost: what is left to be summed is d_hidden, which is small beside d_weight."""
         n, v = self.hidden.shape[0], self.weight.shape[0]
-        if not (n and v):
-            return []
+        least = MIN_COLUMNS["cpu" if self.hidden.is_cpu else "cuda"]
+        if least is None or not (n and v):
+            return self.chunks()
         size = self.plan.chunk_tokens * v
-        columns = min(v, max(MIN_COLUMNS, size // n))
+        columns = min(v, max(least, size // n))
         tokens = max(1, size // columns)
         starts = [(i, j) for j in range(0, v, columns) for i in range(0, n, tokens)]
         return [(slice(i, min(i + tokens, n)), slice(j, min(j + columns, v))) for i, j in starts]
@@ -198,16 +221,21 @@ class Head:
         return logits if logits.dtype == self.hidden.dtype else torch.empty_like(logits, dtype=self.hidden.dtype)
 
     def logits(self, tokens: slice, columns: slice) -> Tensor:  # (n, v), valid until the next call
-        hidden, weight = self.hidden[tokens], self.weight[columns]
+        hidden, weight, scale = self.hidden[tokens], self.weight[columns], self.plan.logit_scale
+        bias = None if self.bias is None else self.bias[columns]
+        if ONEDNN and hidden.is_cpu and hidden.dtype == torch.float32 and 0 < hidden.shape[1] <= ONEDNN_WIDTH:
+            if self._buffer is not None:
+                self._buffer.set_()  # it comes in fresh memory: what the last ones held goes first
+            self._buffer = torch.ops.mkldnn._linear_pointwise(hidden, weight, bias, "none", [], "")
+            return self._buffer if scale == 1 else self._buffer.mul_(scale)
         size = hidden.shape[0] * weight.shape[0]
         if self._buffer is None or self._buffer.numel() < size:
             self._buffer = hidden.new_empty(size, dtype=self.plan.logits_dtype)
         out = self._buffer[:size].view(hidden.shape[0], weight.shape[0])
-        scale = self.plan.logit_scale
-        if self.bias is not None and out.dtype == hidden.dtype:
-            return torch.addmm(self.bias[columns], hidden, weight.t(), beta=scale, alpha=scale, out=out)
+        if bias is not None and out.dtype == hidden.dtype:
+            return torch.addmm(bias, hidden, weight.t(), beta=scale, alpha=scale, out=out)
         accumulate(out, hidden, weight.t(), scale, first=True)
-        return out if self.bias is None else out.add_(self.bias[columns], alpha=scale)
+        return out if bias is None else out.add_(bias, alpha=scale)
 
 
 def accumulate(out: Tensor, a: Tensor, b: Tensor, scale: float, first: bool) -> None:

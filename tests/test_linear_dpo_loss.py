@@ -117,6 +117,7 @@ def test_packed_equals_padded(kind):
 @pytest.fixture
 def products(monkeypatch):
     """Multiplications of the head's products so far, in units of one product of all counted tokens."""
+    monkeypatch.setattr(_head, "ONEDNN", False)
     done, accumulate = [], _head.accumulate
 
     def count(out, a, b, *args, **kwargs):

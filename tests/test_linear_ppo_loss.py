@@ -63,6 +63,7 @@ def test_micro_batches_sum_to_one_batch(reduction):
 
 def test_products_are_three(monkeypatch):
     """One forward, two gradients; one under no_grad."""
+    monkeypatch.setattr(_head, "ONEDNN", False)
     x, calls, accumulate = _inputs(), [], _head.accumulate
     monkeypatch.setattr(_head, "accumulate", lambda *a, **k: (calls.append(1), accumulate(*a, **k)))
     loss, _, _ = linear_ppo_loss(**x)

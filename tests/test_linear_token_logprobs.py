@@ -45,7 +45,7 @@ def test_tiles_of_the_vocabulary_change_no_gradient(monkeypatch, columns):
     """verl#2899, #5349: a vocabulary that is no multiple of the tile."""
     hidden, weight, ids = _inputs(dtype=torch.float64)
     whole = _gradients(hidden, weight, ids)
-    monkeypatch.setattr(_head, "MIN_COLUMNS", columns)
+    monkeypatch.setitem(_head.MIN_COLUMNS, "cpu", columns)
     for a, b in zip(whole, _gradients(hidden, weight, ids, chunk_size=1)):
         torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
 
@@ -60,7 +60,7 @@ def test_no_chunk_is_larger_than_asked(monkeypatch):
         return out
 
     monkeypatch.setattr(_head.Head, "logits", record)
-    monkeypatch.setattr(_head, "MIN_COLUMNS", 4)
+    monkeypatch.setitem(_head.MIN_COLUMNS, "cpu", 4)
     _gradients(*_inputs(), chunk_size=3)
     assert max(sizes) <= 3 * 37 and len(sizes) > 5
 
@@ -125,6 +125,7 @@ def test_entropy_has_a_gradient_of_its_own():
 
 
 def test_only_wanted_gradients_are_computed(monkeypatch):
+    monkeypatch.setattr(_head, "ONEDNN", False)
     calls, accumulate = [], _head.accumulate
     monkeypatch.setattr(
         _head, "accumulate", lambda out, *a, **k: (calls.append(tuple(out.shape)), accumulate(out, *a, **k))
@@ -234,6 +235,29 @@ def test_autocast_on_a_cpu_rounds_nothing():
     with torch.autocast("cpu", torch.bfloat16):
         cast = linear_token_logprobs(hidden, weight, ids)
     assert torch.equal(cast, linear_token_logprobs(hidden, weight, ids))
+
+
+@pytest.mark.skipif(not hasattr(torch.ops.mkldnn, "_linear_pointwise"), reason="torch without oneDNN")
+@pytest.mark.parametrize("width", [16, _head.ONEDNN_WIDTH, _head.ONEDNN_WIDTH + 1])
+def test_either_library_may_form_the_logits(monkeypatch, width):
+    """oneDNN where AMD's processors profit, up to a width; a strided bias, which it misreads; one chunk held."""
+    hidden, weight, ids = _inputs(h=width)
+    options = {"bias": torch.randn(37, 2)[:, 0], "logit_scale": 0.5, "chunk_size": 4}
+    exact = _gradients(*(x.detach().double().requires_grad_() for x in (hidden, weight)), ids, **options)
+    held, logits = [], _head.Head.logits
+
+    def record(self, *piece):
+        held.append(logits(self, *piece))
+        return held[-1]
+
+    monkeypatch.setattr(_head.Head, "logits", record)
+    for onednn in (False, True):
+        monkeypatch.setattr(_head, "ONEDNN", onednn)
+        held.clear()
+        for a, b in zip(_gradients(hidden, weight, ids, **options), exact):
+            torch.testing.assert_close(a.double(), b, rtol=2e-5, atol=2e-5)
+        storages = {x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in held}
+        assert sum(storages.values()) <= 2 * 4 * 37 * 4, "a forward and a backward hold a chunk each"
 
 
 def test_plan_of_a_call():

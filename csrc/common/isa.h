@@ -22,6 +22,14 @@ inline bool cpu_supports(const char* isa) {
   return false;
 }
 
+inline bool cpu_is_amd() {
+#ifdef RLHF_X86
+  return __builtin_cpu_is("amd");
+#else
+  return false;
+#endif
+}
+
 // "baseline", "avx2" or "avx512". Throws std::runtime_error for a request that this machine cannot serve.
 inline const char* cpu_isa() {
   static const char* const chosen = [] {

@@ -88,6 +88,7 @@ py::dict build_info() {
 PYBIND11_MODULE(_host, m) {
   m.def("build_info", &build_info);
   m.def("cpu_isa", [] { return std::string(rlhf::cpu_isa()); });
+  m.def("cpu_is_amd", &rlhf::cpu_is_amd);
   m.def("cpu_supports", [](const std::string& isa) { return rlhf::cpu_supports(isa.c_str()); }, py::arg("isa"));
   m.def("pack_sequences", &pack_sequences, py::arg("lengths"), py::arg("capacity"));
   m.def("plan_microbatches", &plan_microbatches, py::arg("lengths"), py::arg("token_budget"));

@@ -210,7 +210,8 @@ def linear_token_logprobs(
 
     Memory: one chunk of logits, chunk_size * V (unless given at most 32 MiB on a CPU and 512 MiB on a GPU, but no fewer
     than 256 and 2048 tokens), forward and backward; six numbers a token; in the backward the gradients, summed in
-    float32. Operands in another dtype than the products' (on a CPU: of 16 bits) are converted first, whole.
+    float32. Operands in another dtype than the products' (on a CPU: of 16 bits), or not
+    contiguous, are converted first, whole.
 
     Tokens whose id is `ignore_index` give 0 and no gradient, whatever their hidden states hold. On a CPU they are never
     projected. On a GPU their number is on the device, and no op waits for it: their rows are projected as zeros; pass
