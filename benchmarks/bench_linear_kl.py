@@ -1,0 +1,56 @@
+"""linear_kl: the exact divergence from the hidden states of policy and reference, and the gradients of the head."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import partial
+
+import torch
+from torch import Tensor
+
+import rlhf_kernels
+
+from .bench_logits_kl import eager as of_logits
+from .harness import Case, Inputs, Outputs, Provider, compiled, with_backward
+from .heads import DTYPES, bytes_moved, inputs, sizes
+
+__all__ = ["DTYPES", "cases"]
+
+
+def eager(hidden: Tensor, weight: Tensor, ref_hidden: Tensor, ref_weight: Tensor) -> Outputs:
+    return of_logits(hidden @ weight.T, ref_hidden @ ref_weight.T)
+
+
+def ours(hidden: Tensor, weight: Tensor, ref_hidden: Tensor, ref_weight: Tensor) -> Outputs:
+    return {"kl": rlhf_kernels.linear_kl(hidden, weight, ref_hidden, ref_weight)}
+
+
+def products(hidden: Tensor, weight: Tensor, ref_hidden: Tensor, ref_weight: Tensor, **_: Tensor) -> Outputs:
+    """The six matrix products alone: both logits twice, and the gradients."""
+    hidden, weight = hidden.detach(), weight.detach()
+    for _ in range(2):
+        logits, ref_logits = hidden @ weight.T, ref_hidden @ ref_weight.T
+    return {"kl": ref_logits[:, 0], "d_hidden": logits @ weight, "d_weight": logits.T @ hidden}
+
+
+def _inputs(*size, dtype: torch.dtype, device: torch.device) -> Inputs:
+    out = inputs(*size, dtype, device, ("grad_kl",))
+    generator = torch.Generator(device).manual_seed(1)
+    noise = torch.randn(out["weight"].shape, dtype=dtype, device=device, generator=generator)
+    del out["token_ids"]
+    return out | {"ref_hidden": out["hidden"].clone(), "ref_weight": out["weight"] + 0.2 * noise / size[1] ** 0.5}
+
+
+def cases(device: torch.device, dtype: torch.dtype, quick: bool) -> Iterator[Case]:
+    for size in sizes(device, quick)[:1]:
+        wrap = lambda f: with_backward(f, ("hidden", "weight"), ("kl",))  # noqa: E731
+        yield Case(
+            "linear_kl", "forward+backward", size, dtype, partial(_inputs, *size, dtype=dtype, device=device),
+            providers={
+                "ours": Provider("rlhf_kernels.linear_kl", wrap(ours)),
+                "products": Provider("six bare matrix products", products, judged=False),
+                "eager": Provider("both logits, two log_softmax, sum p (log p - log q)", wrap(eager)),
+                "compile": Provider("torch.compile of eager", wrap(compiled(eager))),
+            },
+            bytes_moved=2 * bytes_moved(*size, dtype),
+        )  # fmt: skip
