@@ -31,7 +31,7 @@ lint: $(VENV)/.lint
 	$(RUN) -m ruff format --check .
 	$(VENV)/bin/clang-format --dry-run --Werror $$(find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
-# torch first and pinned: an unpinned one would bring several GB of CUDA packages. The build uses the same torch, hence no isolation.
+# torch first, at the version of constraints.txt: the build uses it, hence no isolation, and pip does not fetch another.
 $(VENV)/.ready: $(SOURCES)
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) --upgrade pip
@@ -65,4 +65,5 @@ $(VENV)/.lint: $(VENV)/.ready
 	touch $@
 
 clean:
-	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .hypothesis rlhf_kernels/*.so rlhf_kernels/_build.json $(VENV)
+	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .hypothesis rlhf_kernels/*.so rlhf_kernels/_build.json
+	rm -rf $(VENV) .venv-peers .venv-trl

@@ -12,10 +12,13 @@ from rlhf_kernels._library import OPS
 pytestmark = pytest.mark.gpu
 
 SCANS = ("gae", "masked_whiten", "ppo_advantages", "ppo_loss")
-PAIRS = [("token_logprobs", "triton"), *((op, backend) for op in SCANS for backend in ("triton", "cuda"))]
+ROWS = ("token_logprobs", "logits_kl", "linear_token_logprobs", "linear_ppo_loss", "linear_dpo_loss", "linear_kl")
+SMALL = ("token_kl", "sequence_logprobs", "group_advantages", "dpo_loss")
+SCAN_PAIRS = [(op, backend) for op in SCANS for backend in ("triton", "cuda")]
+PAIRS = [*((op, "triton") for op in ROWS), *SCAN_PAIRS]
 CASES = [
     *(pytest.param(case, backend, id=f"{backend}-{case}") for op, backend in PAIRS for case in testing.cases(op)),
-    *(pytest.param(case, None, id=str(case)) for case in testing.cases("token_kl")),
+    *(pytest.param(case, None, id=str(case)) for op in SMALL for case in testing.cases(op)),
 ]
 GPU_LENGTHS = {  # that a CPU would be slow for
     **LENGTHS,
@@ -55,7 +58,7 @@ def test_long_sequences(op, on_backend, lengths, layout):
 
 
 @pytest.mark.parametrize("lengths", ["warps", "chunks"])
-@pytest.mark.parametrize(("op", "on_backend"), PAIRS[1:], indirect=["on_backend"])
+@pytest.mark.parametrize(("op", "on_backend"), SCAN_PAIRS, indirect=["on_backend"])
 def test_graph_replay_repeats_and_follows_its_inputs(op, on_backend, lengths):
     args = convert(arguments(op, LENGTHS[lengths], "packed"), "cuda", torch.float32)
     replays(lambda: OPS[op].overload(*args), args)
@@ -87,7 +90,7 @@ def replays(run, args) -> None:
 
 
 @pytest.mark.parametrize("lengths", ["warps", "blocks", "chunks"])
-@pytest.mark.parametrize(("op", "on_backend"), PAIRS[1:], indirect=["on_backend"])
+@pytest.mark.parametrize(("op", "on_backend"), SCAN_PAIRS, indirect=["on_backend"])
 def test_no_host_sync(op, on_backend, lengths):
     args = convert(arguments(op, LENGTHS[lengths], "packed"), "cuda", torch.float32)
     OPS[op].overload(*args)  # a first call may load a module
@@ -155,7 +158,7 @@ def test_bad_ids_give_nan():
     assert torch.equal(gradient.isnan().any(-1), bad)
 
 
-@pytest.mark.parametrize(("op", "on_backend"), PAIRS[1:], indirect=["on_backend"])
+@pytest.mark.parametrize(("op", "on_backend"), SCAN_PAIRS, indirect=["on_backend"])
 def test_the_device_of_the_inputs(op, on_backend):
     if torch.cuda.device_count() < 2:
         pytest.skip("needs two GPUs")
