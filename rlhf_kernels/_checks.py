@@ -75,6 +75,11 @@ def token_layout(name: str, value: Tensor, cu_seqlens: Tensor | None) -> int:
     return cu_seqlens.shape[0] - 1
 
 
+def options(value: object, kind: type) -> None:
+    if not isinstance(value, kind):
+        raise TypeError(f"options: expected {kind.__name__}(...), got {_kind(value)}")
+
+
 def one_of(name: str, value: str, options: Sequence[str]) -> int:
     """The index of an option, the code that a schema carries."""
     if value not in options:

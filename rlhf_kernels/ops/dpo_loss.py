@@ -136,7 +136,14 @@ def _discopop(x: Tensor, tau: float) -> tuple[Tensor, Tensor]:
 def _margin(kind: str, options: DPOOptions) -> Callable[[Tensor], tuple[Tensor, Tensor]] | None:
     """The types that are a function of the margin alone: of M or d, beta included."""
     beta, e = options.beta, options.label_smoothing
-    scaled = lambda f: lambda d: (f(beta * d)[0], beta * f(beta * d)[1])  # noqa: E731
+
+    def scaled(f: Callable) -> Callable:
+        def of_margin(d: Tensor) -> tuple[Tensor, Tensor]:
+            value, slope = f(beta * d)
+            return value, beta * slope
+
+        return of_margin
+
     return {
         "hinge": scaled(lambda x: (torch.relu(1 - x), -torch.where(x < 1, 1.0, torch.where(x.isnan(), x, 0.0)))),
         "ipo": lambda d: ((d - 0.5 / beta) ** 2, 2 * (d - 0.5 / beta)),
@@ -281,6 +288,7 @@ def check_reference(options: DPOOptions, names: str, given: bool) -> None:
 def _options(options: DPOOptions | None, **given) -> DPOOptions:
     if options is None:
         return DPOOptions(**given)
+    check.options(options, DPOOptions)
     for name, value in given.items():
         if value != getattr(DPOOptions, name):
             raise ValueError(

@@ -235,6 +235,7 @@ def linear_dpo_loss(
     if sequences % 2:
         raise ValueError(f"token_ids: expected 2B sequences, chosen first, got {sequences}")
     check.mask_like(mask, "token_ids", token_ids)
+    check.options(options, DPOOptions)
     check_reference(options, "ref_logps", ref_logps is not None)
     if ref_logps is not None:
         check.is_float("ref_logps", ref_logps)

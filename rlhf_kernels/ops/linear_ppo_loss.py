@@ -161,6 +161,7 @@ def linear_ppo_loss(
     term whose inputs are missing, for a DTensor weight, and on the CPU for an id out of range.
     """
     check_linear(hidden, weight, bias, token_ids, temperature, softcap)
+    check.options(options, PPOLossOptions)
     check.token_layout("token_ids", token_ids, cu_seqlens)
     tensors = {
         "old_logprobs": old_logprobs, "advantages": advantages, "ref_logprobs": ref_logprobs, "is_weights": is_weights,

@@ -158,6 +158,7 @@ def ppo_advantages(
     devices and options.
     """
     _check(logprobs, ref_logprobs, values, scores, mask, cu_seqlens)
+    check.options(options, AdvantageOptions)
     dtype = compute_dtype(logprobs, ref_logprobs, values, scores)
     tensors = [prepare(x.detach(), dtype) for x in (logprobs, ref_logprobs, values, scores)]
     layout = (prepare(mask), prepare(cu_seqlens))

@@ -235,6 +235,7 @@ ppo_loss_op = define(SCHEMA, ppo_loss_reference, _fake, setup_context=_setup_con
 
 
 def _check(logprobs, tensors: dict[str, Tensor | None], mask, cu_seqlens, options: PPOLossOptions, denominator) -> None:
+    check.options(options, PPOLossOptions)
     check.is_float("logprobs", logprobs)
     check.token_layout("logprobs", logprobs, cu_seqlens)
     for name in ("old_logprobs", "advantages"):
