@@ -80,7 +80,8 @@ def _scoring_case(name, large=False, values_only=False, return_entropy=True, **i
 GRID = [
     _scoring_case(f"vocab_{v}_tokens_{n}_hidden_{h}", values_only=True, shape=(n,), vocab=v, width=h, ignored=n == 17)
     for v in (1, 7, 127, 50257)
-    for n, h in ((0, 8), (1, 64), (3, 65), (17, 8), (17, 64))
+    for n in (0, 1, 3, 17)
+    for h in (8, 64, 65)
 ]
 HARD = {"offset": {"offset": 1e4}, "peaked": {"scale": 40.0}}
 LARGE_GRID = [
