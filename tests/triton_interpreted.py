@@ -9,7 +9,8 @@ import pytest
 import torch
 
 import rlhf_kernels
-from rlhf_kernels import gae, masked_whiten, ppo_advantages, ppo_loss, testing, token_logprobs
+from rlhf_kernels import gae, logits_kl, masked_whiten, ppo_advantages, ppo_loss, testing, token_logprobs
+from rlhf_kernels.ops.logits_kl import logits_kl_backward_into_reference, logits_kl_reference
 from rlhf_kernels.ops.token_logprobs import token_logprobs_backward_reference, token_logprobs_reference
 from rlhf_kernels.triton import KERNELS
 
@@ -27,6 +28,21 @@ QUICK = {
     "masked_whiten": ("gaps", "all_masked", "no_steps", "keep_mean", "unbiased", "offset"),
     "ppo_advantages": ("packed", "no_sequences", "whiten_both", "whiten_none_clip", "per_token_packed"),
     "ppo_loss": ("right_padded", "policy_alone", "dual_clip_weights", "seq_mean_denominator", "sum_gaps", "all_masked"),
+    "logits_kl": (
+        "reverse",
+        "forward",
+        "everything",
+        "everything_forward",
+        "no_tokens",
+        "vocab_1",
+        "minus_inf",
+        "minus_inf_forward",
+    ),
+    # The products are torch's, the rows of a chunk Triton's: these cases alone.
+    "linear_token_logprobs": ("everything", "logprobs_alone"),
+    "linear_ppo_loss": ("everything", "packed_gaps"),
+    "linear_dpo_loss": ("sigmoid_gaps", "four_products"),
+    "linear_kl": ("reverse", "everything", "everything_forward"),
 }
 QUICK_CHECKS = ("error_budget", "masked_nan", "poisoned_memory")
 MANY_PROGRAMS = ("many", "large", "blocks")  # a minute for each check: values alone
@@ -34,7 +50,7 @@ MANY_PROGRAMS = ("many", "large", "blocks")  # a minute for each check: values a
 
 def _battery():
     for op, quick in QUICK.items():
-        for case in testing.cases(op):
+        for case in (c for c in testing.cases(op) if c.name in quick or not op.startswith("linear_")):
             for check in testing.checks_of(case) if case.name not in MANY_PROGRAMS else ("error_budget",):
                 marks = [] if case.name in quick and check in QUICK_CHECKS else [pytest.mark.slow]
                 yield pytest.param(case, check, id=f"{op}-{case.name}-{check}", marks=marks)
@@ -130,6 +146,27 @@ def test_rows_that_start_between_16_byte_boundaries(dtype, view):
     torch.testing.assert_close(grad.double(), exact, **tolerance)
 
 
+@pytest.mark.parametrize("direction", [0, 1])
+@pytest.mark.parametrize(("policy", "reference"), [(0, 0), (1, 1), (0, 1), (1, 0)])
+def test_two_models_whose_rows_start_between_16_byte_boundaries(policy, reference, direction):
+    """Both alike, or one of them apart from the other; forward, and backward into a memory of its own and in place."""
+    both = torch.randn(2, 2, 3, 9001) * 2
+    logits, ref = (x[:, skip : skip + 2] for x, skip in zip(both, (policy, reference)))
+    options = (None, None, 0.8, 5.0, direction)
+    kl, saved = KERNELS["logits_kl"](logits, ref, *options)
+    exact, exact_saved = logits_kl_reference(logits.double(), ref.double(), *options)
+    torch.testing.assert_close(kl.double(), exact, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(saved.double(), exact_saved, rtol=1e-6, atol=1e-6)
+    upstream, slope = torch.randn(kl.shape), torch.empty(logits.shape, dtype=torch.float64)
+    rest = (*options[:2], exact_saved, *options[2:])
+    logits_kl_backward_into_reference(slope, upstream.double(), logits.double(), ref.double(), *rest)
+    apart, over = torch.full(logits.shape, float("nan")), logits.clone()
+    KERNELS["logits_kl_backward_into"](apart, upstream, logits, ref, *options[:2], saved, *options[2:])
+    KERNELS["logits_kl_backward_into"](over, upstream, None, ref, *options[:2], saved, *options[2:])
+    for grad in (apart, over):
+        torch.testing.assert_close(grad.double(), slope, rtol=2e-5, atol=1e-8)
+
+
 def test_a_wrong_id_gives_nan_and_reads_nothing_else():
     logits, ids = _row_inputs(torch.float32, 33)
     ids[0, 0], ids[1, 2], ids[1, 0] = 33, -1, 2**40
@@ -198,6 +235,16 @@ def test_small_divergences_keep_their_digits():
     torch.testing.assert_close(kl.double(), torch.expm1(-x) + x, rtol=1e-6, atol=0)
     stats = ppo_loss(ref, logprobs, torch.zeros(1, 4))[1].as_dict()
     assert stats["approx_kl_k3"] == pytest.approx((torch.expm1(-x) + x).mean().item(), rel=1e-6)
+
+
+@pytest.mark.parametrize("direction", ["reverse", "forward"])
+def test_small_divergences_over_the_vocabulary_keep_their_digits(direction):
+    ref = torch.randn(3, 1000)
+    logits = ref + 1e-4 * torch.randn_like(ref)
+    x = logits.double().log_softmax(-1) - ref.double().log_softmax(-1)
+    x, weights = (x, logits) if direction == "reverse" else (-x, ref)
+    exact = (weights.double().softmax(-1) * (torch.expm1(-x) + x)).sum(-1)
+    torch.testing.assert_close(logits_kl(logits, ref, direction=direction).double(), exact, rtol=1e-5, atol=0)
 
 
 def test_counts_run_over_many_blocks():
