@@ -214,7 +214,8 @@ def response_logprobs(
     batch: SequenceBatch,
     temperature: float = 1.0,
 ) -> tuple[Tensor, Tensor]:  # (B, R) log-probabilities and entropies in nats, 0 beyond a response
-    """The log-probability of every response token, in sampling and in training alike."""
+    """The log-probability of every response token, in sampling and in training alike (in bfloat16 on a CPU sampling
+    rounds logits, training does not)."""
     if not model.head.fused:
         return _logprobs_from_logits(model, batch, temperature)
     hidden, mask = response_hidden(model, batch), batch.response_mask

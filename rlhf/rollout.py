@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from rlhf.model import LanguageModel
+from rlhf.model import LanguageModel, ModelError
 from rlhf.types import PromptBatch, Rollout, pad_sequences
 
 
@@ -103,7 +103,10 @@ class _Draw:
         if not self.temperature:
             return scores
         cumulated = torch.softmax(scores / self.temperature, -1, dtype=torch.float32).double().cumsum(-1)
-        drawn = torch.rand(len(scores), 1, dtype=torch.float64, device=scores.device) * cumulated[:, -1:]
+        total = cumulated[:, -1:]
+        if not bool(total.isfinite().all()):
+            raise ModelError("the model gives logits that are NaN or infinite: damaged weights, or training diverged")
+        drawn = torch.rand(len(scores), 1, dtype=torch.float64, device=scores.device) * total
         # right: a token whose probability is 0 does not move the sum, and is passed over.
         token = torch.searchsorted(cumulated, drawn, right=True).clamp_(max=self.vocab_size - 1)
         return torch.full_like(scores, -torch.inf).scatter_(1, token, 0.0)

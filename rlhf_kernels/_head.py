@@ -55,9 +55,13 @@ def _prefers_onednn() -> bool:
         from . import _host
     except ImportError:
         return False
-    return (
-        _host.cpu_is_amd() and torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
-    )
+    if not (_host.cpu_is_amd() and torch.backends.mkldnn.is_available()):
+        return False
+    one = torch.ones(1, 1)
+    try:  # not a public op: another torch may have another
+        return torch.ops.mkldnn._linear_pointwise(one, one, None, "none", [], "").item() == 1
+    except (AttributeError, RuntimeError, TypeError):
+        return False
 
 
 ONEDNN = _prefers_onednn()
@@ -121,7 +125,7 @@ def plan(
 def check_head(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None:
     """hidden (..., H), weight (V, H), bias (V,), whole and on one device."""
     for name, tensor in (("hidden", hidden), ("weight", weight), ("bias", bias)):
-        if tensor is None:
+        if tensor is None and name == "bias":
             continue
         check.is_float(name, tensor)
         check.same_device(name, tensor, "hidden", hidden)
@@ -170,7 +174,7 @@ class Rows:
     def take(self, x: Tensor | None, fill: float = 0) -> Tensor | None:
         if x is None:
             return None
-        x = x.reshape(-1, *x.shape[len(self.shape) :])
+        x = x.reshape(self.shape.numel(), *x.shape[len(self.shape) :])
         x = x if self.index is None else x[self.index]
         return x if self.counted is None else x.masked_fill(~self._mask(x), fill)
 
@@ -211,7 +215,7 @@ class Head:
         if least is None or not (n and v):
             return self.chunks()
         size = self.plan.chunk_tokens * v
-        columns = min(v, max(least, size // n))
+        columns = min(v, max(least, size // n // 128 * 128))  # rows of a tile start at 16 bytes
         tokens = max(1, size // columns)
         starts = [(i, j) for j in range(0, v, columns) for i in range(0, n, tokens)]
         return [(slice(i, min(i + tokens, n)), slice(j, min(j + columns, v))) for i, j in starts]
@@ -272,15 +276,20 @@ class HeadGradients:
         inputs: tuple[Tensor, Tensor, Tensor | None],  # hidden, weight, bias as they came
         wants: tuple[bool, bool, bool],
         pieces: list[tuple[slice, slice]],
+        rounded: bool = True,  # to the inputs' dtypes at the end; False: wide, for an upstream gradient yet to come
     ) -> None:
         self.head, self.wants = head, wants
-        self.dtypes = [None if x is None else x.dtype for x in inputs]
-        (n, h), v = head.hidden.shape, head.weight.shape[0]
         wide, narrow = compute_dtype(head.hidden), head.hidden.dtype
-        # What one product writes needs no wider sum: the tensor cores add in float32.
-        once = lambda axis, size: all(piece[axis].stop - piece[axis].start == size for piece in pieces)  # noqa: E731
-        self.hidden = head.hidden.new_empty((n, h) if wants[0] else (0, h), dtype=narrow if once(1, v) else wide)
-        self.weight = head.hidden.new_empty((v, h) if wants[1] else (0, h), dtype=narrow if once(0, n) else wide)
+        self.dtypes = [wide if x is None or not rounded else x.dtype for x in inputs]
+        (n, h), v = head.hidden.shape, head.weight.shape[0]
+
+        def sums(axis: int, size: int, whole: int, dtype: torch.dtype) -> Tensor:
+            """What one product writes, and is to be narrow, needs no wider sum: the tensor cores add in float32."""
+            once = all(piece[axis].stop - piece[axis].start == whole for piece in pieces)
+            return head.hidden.new_empty((size, h), dtype=narrow if once and dtype == narrow else wide)
+
+        self.hidden = sums(1, n if wants[0] else 0, v, self.dtypes[0])
+        self.weight = sums(0, v if wants[1] else 0, n, self.dtypes[1])
         self.bias = head.hidden.new_zeros(v if wants[2] else 0, dtype=wide)
         if not pieces:
             self.hidden.zero_(), self.weight.zero_()
@@ -295,12 +304,13 @@ class HeadGradients:
             self.bias[columns] += scale * d_logits.sum(0, dtype=self.bias.dtype)
 
     def result(self) -> tuple[Tensor, Tensor, Tensor]:
-        """In the inputs' dtypes; empty where not wanted."""
+        """In the inputs' dtypes if rounded; empty where not wanted."""
         sums = (self.hidden, self.weight, self.bias)
-        return tuple(x if dtype is None else x.to(dtype) for x, dtype in zip(sums, self.dtypes))
+        return tuple(x.to(dtype) for x, dtype in zip(sums, self.dtypes))
 
 
-def scaled(gradient: Tensor, upstream: Tensor) -> Tensor:
-    """A gradient that was formed for an upstream gradient of 1. On a GPU looking whether it is 1 would wait for it."""
+def scaled(gradient: Tensor, upstream: Tensor, dtype: torch.dtype) -> Tensor:
+    """A wide gradient that was formed for an upstream gradient of 1, rounded once. On a GPU looking whether it is 1
+    would wait for it."""
     looked_at = type(upstream) is Tensor and upstream.device.type == "cpu"
-    return gradient if looked_at and float(upstream) == 1 else gradient * upstream
+    return (gradient if looked_at and float(upstream) == 1 else gradient * upstream).to(dtype)

@@ -68,7 +68,10 @@ def segment_sums(
         return x.sum(-1)
     if cu_seqlens.shape[0] == 1:
         return x.new_zeros(0)
-    return torch.segment_reduce(x, "sum", offsets=cu_seqlens.long(), initial=0, unsafe=True)
+    # Nobody looked at bounds on a GPU or under the compiler: they must not lead outside x.
+    inner = cu_seqlens[:-1].long().clamp(0, x.shape[0]).cummax(0).values
+    offsets = torch.cat([inner, inner.new_full((1,), x.shape[0])])
+    return torch.segment_reduce(x, "sum", offsets=offsets, initial=0, unsafe=True)
 
 
 def last_counted(

@@ -141,7 +141,8 @@ def _check(module: nn.Module | None) -> None:
     if module is not None and is_parametrized(module):
         raise _Unfit("the head is parametrized (torch.nn.utils.parametrize): its weight is computed at each call")
     if type(module) is not nn.Linear:
-        raise _Unfit(f"the head is a {type(module).__name__}, not an nn.Linear: a weight is not all of it")
+        kind = f"{type(module).__module__}.{type(module).__name__}"
+        raise _Unfit(f"the head is a {kind}, not an nn.Linear: a weight is not all of it")
     if type(weight) is not nn.Parameter:
         raise _Unfit(f"the head's weight is a {type(weight).__name__}: weight norm, pruning or quantisation makes it")
     whole = (module.out_features, module.in_features)

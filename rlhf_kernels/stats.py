@@ -15,7 +15,7 @@ PPO_FIELDS = (
     "policy_loss", "value_loss", "entropy", "kl", "units", "tokens", "approx_kl", "approx_kl_k3",
     "clip_fraction", "dual_clip_fraction", "value_clip_fraction", "ratio_mean", "ratio_max",
 )  # fmt: skip
-_OF_VALUES = [name.startswith("value_") for name in PPO_FIELDS]
+_OF_VALUES = [i for i, name in enumerate(PPO_FIELDS) if name.startswith("value_")]
 _UNITS, _TOKENS, _MAX = PPO_FIELDS.index("units"), PPO_FIELDS.index("tokens"), len(PPO_FIELDS) - 1
 
 
@@ -39,7 +39,10 @@ class PPOStats:
     def with_values_of(self, other: PPOStats) -> PPOStats:
         """These statistics with the value terms of `other`, of the same tokens: for a loss formed in two calls,
         linear_ppo_loss for the policy and ppo_loss for the values."""
-        return PPOStats(torch.where(torch.tensor(_OF_VALUES, device=self.sums.device), other.sums, self.sums))
+        sums = self.sums.clone()
+        for i in _OF_VALUES:
+            sums[i] = other.sums[i]
+        return PPOStats(sums)
 
     def all_reduce_(self, group: dist.ProcessGroup | None = None) -> PPOStats:
         """Merges the ranks of a process group in place, on the device."""

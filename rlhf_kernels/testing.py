@@ -22,6 +22,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from . import _library
+from ._head import CHUNKED
 
 HALF = (torch.bfloat16, torch.float16)
 TOLERANCE = 1e-6  # of the largest true value: what a kernel may add to plain torch's error in float32
@@ -340,12 +341,12 @@ def checks_of(case: OpCase) -> list[str]:
 
 
 def available_backends(op: str, device: str = "cpu") -> list[str]:
-    """The backends that this op can run on here, reference first."""
+    """The backends that this op can run on here, reference first; those of its row kernel for an op that chunks."""
     kind = torch.device(device).type
-    found = ["reference"]
+    found, rows = ["reference"], "token_logprobs" if _library.OPS[op].kernel == CHUNKED else op
     for name in ("cpu", "triton", "cuda"):
         with contextlib.suppress(RuntimeError), _library.backend(name):
-            if _library.backends().ops[op].get(kind) == name:
+            if _library.backends().ops[rows].get(kind) == name:
                 found.append(name)
     return found
 

@@ -245,6 +245,27 @@ def test_orpo_of_certain_tokens():
     assert all(g.isfinite().all() for g in torch.autograd.grad(loss, [hidden, weight]))
 
 
+def test_orpo_next_to_certainty_has_no_absurd_gradient():
+    """50 tokens, a gap of 40: float32 rounds the rejected probability to 1, and 1e36 would erase all else."""
+    hidden, weight = torch.randn(2, 3, 8), torch.randn(50, 8) * 0.1
+    hidden[1], weight[0] = 0, 0
+    hidden[1, :, 0], weight[0, 0] = 40.0, 1.0
+    weight[1:, 0] = 0
+    leaves = [hidden.requires_grad_(), weight.requires_grad_()]
+    loss, _, logps = linear_dpo_loss(*leaves, torch.zeros(2, 3).long(), options=DPOOptions(loss_type="orpo"))
+    assert logps[1] == 0 and loss.isfinite()
+    assert max(g.abs().max() for g in torch.autograd.grad(loss, leaves)) < 10
+
+
+def test_bounds_outside_the_tokens_read_nothing_else():
+    """Compiled code looks at no bounds, as a GPU's does."""
+    bounds = torch.tensor([0, 4, 3_000_000], dtype=torch.int32)
+    x = torch.ones(10, requires_grad=True)
+    sums = torch.compile(rlhf_kernels.sequence_logprobs, backend="aot_eager")(x, cu_seqlens=bounds)
+    (grad,) = torch.autograd.grad(sums.sum(), x)
+    assert sums.tolist() == [4.0, 6.0] and torch.equal(grad, torch.ones(10))
+
+
 @pytest.mark.parametrize("kind", TYPES)
 def test_no_token_and_no_pair(kind):
     """Masked throughout: the loss of log-probabilities 0, no gradient. Without a pair: 0."""

@@ -19,13 +19,6 @@ def test_battery(backend, case, check):
         testing.CHECKS[check](case, "cpu")
 
 
-@pytest.mark.parametrize("check", ["error_budget", "masked_nan", "poisoned_memory"])
-@pytest.mark.parametrize("case", testing.cases("linear_kl"), ids=lambda case: case.name)
-def test_battery_on_the_rows_kernel_of_this_machine(case, check):
-    """Forcing the reference, as above, forces it for the rows of logits too."""
-    testing.CHECKS[check](case, "cpu")
-
-
 def _inputs(dtype=torch.float32, width=R):
     shapes = {"hidden": (N, H), "weight": (V, H), "bias": (V,)}
     shapes |= {"ref_hidden": (N, width), "ref_weight": (V, width), "ref_bias": (V,)}
@@ -255,8 +248,8 @@ def test_bad_input():
         ({"hidden": hidden[:, :3]}, ValueError, r"^hidden: expected \(\.\.\., 16\) for weight \(37, 16\), got"),
         ({"ref_hidden": hidden}, ValueError, r"^the reference's hidden: expected \(\.\.\., 11\) for weight \(37, 11\)"),
         ({"ref_weight": ref_weight.int()}, TypeError, "^the reference's weight: expected float32, .* got torch.int32"),
-        ({"ref_hidden": ref_hidden[:5]}, ValueError, r"^ref_hidden's tokens: expected the shape \(13,\) of hidden's"),
-        ({"ref_weight": ref_weight[:9], "ref_bias": None}, ValueError, r"^ref_weight's vocabulary: .* \(37,\) of weig"),
+        ({"ref_hidden": ref_hidden[:5]}, ValueError, r"^ref_hidden: expected \(13, '...'\) as the policy has, got \(5"),
+        ({"ref_weight": ref_weight[:9], "ref_bias": None}, ValueError, r"^ref_weight: expected \(37, '...'\)"),
         ({"bias": weight[:5, 0]}, ValueError, r"^bias: expected the shape \(37,\) of the vocabulary, got \(5,\)"),
         ({"ref_bias": weight[:5, 0]}, ValueError, r"^the reference's bias: expected the shape \(37,\) of the vocabul"),
         ({"mask": torch.ones(N)}, TypeError, "^mask: expected bool, .* got torch.float32"),

@@ -119,6 +119,24 @@ def test_ids_under_the_mask_may_be_anything():
         linear_ppo_loss(**{**x, "token_ids": ids})
 
 
+@pytest.mark.parametrize("upstream", [1.0, 2.0**16])
+def test_gradients_of_16_bits_are_rounded_after_the_upstream_gradient(upstream):
+    """Loss scaling exists so that small gradients survive float16: rounded before it, 40 % of these were 0."""
+    n, vocab = 512, 300
+    x = {"hidden": torch.randn(1, n, 32).half(), "weight": (torch.randn(vocab, 32) / 32**0.5).half()}
+    x |= {"token_ids": torch.randint(vocab, (1, n)), "advantages": torch.randn(1, n) * 1e-3}
+    x["old_logprobs"] = torch.full((1, n), -5.7)
+
+    def gradients(**x):
+        leaves = [x[name].requires_grad_() for name in ("hidden", "weight")]
+        return torch.autograd.grad(linear_ppo_loss(**x)[0], leaves, torch.tensor(upstream, dtype=x["advantages"].dtype))
+
+    exact = gradients(**{k: v.double() if v.is_floating_point() else v for k, v in x.items()})
+    for ours, true in zip(gradients(**x), exact):
+        assert ours.dtype == torch.float16
+        torch.testing.assert_close(ours.double(), true.half().double(), rtol=2e-3, atol=1.2e-7)
+
+
 def test_training_lowers_the_loss():
     """Twenty steps of plain gradient descent on the head move the loss by what a first-order step must."""
     x = {k: v.detach() for k, v in _inputs().items()}

@@ -223,7 +223,7 @@ def test_other_heads():
 
     model = build()
     model.lm_head = Own(HIDDEN, VOCAB)
-    assert "the head is a Own, not an nn.Linear" in lm_head_of(model).reason
+    assert "Own, not an nn.Linear" in lm_head_of(model).reason
     model.lm_head = nn.Linear(HIDDEN, VOCAB, device="meta")
     assert "torch.float32, meta: expected" in lm_head_of(model).reason
     model.lm_head = nn.Linear(HIDDEN, VOCAB)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import replace
 
 import pytest
 import torch
 
 from rlhf.config import RunConfig
-from rlhf.model import load_language_model, response_logprobs
+from rlhf.model import ModelError, load_language_model, response_logprobs
 from rlhf.rollout import Sampling, generate
 from rlhf.types import PromptBatch, pad_sequences
 
@@ -101,3 +102,11 @@ def test_stopping_cuts_responses_short(model):
     model = replace(model, eos_ids=())
     rollout = generate(model, prompt_batch(PROMPTS), Sampling(8), should_stop=lambda: True)
     assert rollout.sequences.response_lengths.tolist() == [1, 1, 1]
+
+
+def test_logits_that_are_not_finite_are_refused(model):
+    """A draw from NaN would be the last id, token after token."""
+    broken = replace(model, module=copy.deepcopy(model.module))
+    broken.module.lm_head.weight.data[3] = float("nan")
+    with pytest.raises(ModelError, match="logits that are NaN or infinite"):
+        generate(broken, PromptBatch([[4, 5]], ["x"], {}), Sampling(3))

@@ -4,8 +4,7 @@ This trainer and TRL's PPOTrainer (`make peers`) do the same work, one after the
 64 prompts of 16 tokens, 48 new tokens each, 4 epochs of one minibatch, a Llama of width 128 and 4 layers as policy,
 value, reference and reward model, float32 on the CPU. A step is rollout, scoring and updates; the first is left out.
 Memory is the process's peak (ru_maxrss) over what it held when its models were built. The seconds are those of an idle
-machine: beside other programs (`load_average` far above the threads) neither they nor their ratio can be trusted, and
-the processor's seconds, which are printed too, say more.
+machine: beside other programs (`load_average` far above the threads) neither they nor their ratio can be trusted.
 
 That both did the work is checked, too: 64 * 48 tokens a step, and in the first step entropies (of the sampled tokens,
 summed over a response) which agree, as they would not with another vocabulary, length or mask.

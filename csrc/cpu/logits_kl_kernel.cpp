@@ -33,6 +33,13 @@ RLHF_INLINE Vec<T> log_ratio(Vec<T> x, Vec<T> y, T factor, T shift) {
   return (x == y ? Vec<T>{} : x - y) * broadcast(factor) - broadcast(shift);
 }
 
+// d kl / dz but for a multiple of p that makes their sum 0.
+template <class T>
+RLHF_INLINE Vec<T> slope(bool forward_kl, Vec<T> p, Vec<T> q, Vec<T> x) {
+  if (forward_kl) return abs<T>(x) < T(1) ? -p * exp_pair(-x).expm1 : p - q;
+  return weighted<T>(p, x);
+}
+
 template <class T>
 bool is_masked(const KlRows<T>& rows, int64_t row) {
   return rows.mask && !rows.mask[row];
@@ -67,7 +74,7 @@ void forward_row(const KlForwardArgs<T>& args, int64_t row) {
       q = keep(q, vocab - j, T(0));
     }
     total += rows.forward_kl ? divergence_term<T>(q, p, -x) : divergence_term<T>(p, q, x);
-    moment += weighted<T>(p, x);
+    moment += slope<T>(rows.forward_kl, p, q, x);
     weight += p;
   }
   args.kl[row] = static_cast<T>(total.total());
@@ -95,12 +102,8 @@ void backward_row(const KlBackwardArgs<T>& args, int64_t row) {
     const Vec<T> point_q = point<kSoftcap>(load(others + j, vocab - j, T(0)), scale);
     const Vec<T> x = log_ratio<T>(point_p, point_q, scale.factor, shift);
     const Vec<T> p = exp_below<T>(logp_of(point_p));
-    Vec<T> g;
-    if (rows.forward_kl) {
-      g = abs<T>(x) < T(1) ? -p * exp_pair(-x).expm1 : p - exp_below<T>(logq_of(point_q));
-    } else {
-      g = weighted<T>(p, x - mean);
-    }
+    const Vec<T> q = rows.forward_kl ? exp_below<T>(logq_of(point_q)) : p;
+    Vec<T> g = slope<T>(rows.forward_kl, p, q, x) - p * mean;
     g *= upstream;
     if constexpr (kSoftcap) g *= T(1) - point_p * point_p;
     store(grad + j, g, vocab - j);

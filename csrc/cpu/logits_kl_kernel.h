@@ -7,7 +7,7 @@
 namespace rlhf {
 
 // What both passes know of the rows; `saved` is (kSaved, rows): row_max and log_sum of the policy, of the reference,
-// the difference of their log-sum-exps, and the mean of x = log p - log q under p.
+// the difference of their log-sum-exps, and the multiple of p that makes the gradient sum to 0.
 constexpr int kSaved = 6;
 
 template <class T>

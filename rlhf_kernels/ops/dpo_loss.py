@@ -115,7 +115,7 @@ def _smoothed(x: Tensor, e: float) -> tuple[Tensor, Tensor]:
 
 
 def _robust(x: Tensor, e: float) -> tuple[Tensor, Tensor]:
-    value = -(1 - e) * logsigmoid(x) + e * logsigmoid(-x)
+    value = -(1 - e) * logsigmoid(x) + (e * logsigmoid(-x) if e else 0)
     return value / (1 - 2 * e), (-(1 - e) * torch.sigmoid(-x) - e * torch.sigmoid(x)) / (1 - 2 * e)
 
 
@@ -155,15 +155,15 @@ def _margin(kind: str, options: DPOOptions) -> Callable[[Tensor], tuple[Tensor, 
     }.get(kind)
 
 
-def _sorted(kind: str, c: Tensor, j: Tensor, ref: tuple[Tensor, Tensor], options: DPOOptions):
+def _sorted(chosen: Tensor, rejected: Tensor, ref: tuple[Tensor, Tensor], options: DPOOptions):
     """aot: the loss of each rank, and slopes put back where their values came from."""
     beta, e = options.beta, options.label_smoothing
-    if kind == "aot":  # c and j are log-ratios: what is sorted are the policy's margins and the reference's
-        margins, order = torch.sort(c + ref[0] - j - ref[1])
+    if options.loss_type == "aot":
+        margins, order = torch.sort(chosen - rejected)
         value, slope = _smoothed(beta * (margins - torch.sort(ref[0] - ref[1])[0]), e)
-        slope = torch.zeros_like(c).scatter(0, order, beta * slope)
+        slope = torch.zeros_like(chosen).scatter(0, order, beta * slope)
         return value, slope, -slope
-    (c, from_c), (j, from_j) = torch.sort(c), torch.sort(j)
+    (c, from_c), (j, from_j) = torch.sort(chosen - ref[0]), torch.sort(rejected - ref[1])
     value, slope = _smoothed(beta * (c - j), e)
     slope = beta * slope
     return value, torch.zeros_like(c).scatter(0, from_c, slope), torch.zeros_like(c).scatter(0, from_j, -slope)
@@ -186,12 +186,15 @@ def _apart(kind: str, c: Tensor, j: Tensor, options: DPOOptions) -> tuple[Tensor
         return s(-x) + s(y), -bell(x), bell(y)
     if kind == "apo_down":
         return s(x) + s(y - x), bell(x) - bell(x - y), bell(x - y)
-    # orpo: c and j are mean log-probabilities; the derivatives in a form that lives at probabilities near 1
+    # orpo: c and j are mean log-probabilities; the derivatives in a form that lives at probabilities near 1. What is 0
+    # was rounded to it: how near to certainty it is, and so the slope there, is not known.
     limit = -torch.finfo(c.dtype).tiny
+    certain, both = j == 0, (c == 0) & (j == 0)
     c, j = c.clamp(max=limit), j.clamp(max=limit)
     u, v = -torch.expm1(c), -torch.expm1(j)
     below = u + torch.exp(c - j) * v
-    return -beta * logsigmoid(c - j - u.log() + v.log()), -beta / below, beta * (u / v / below)
+    value = -beta * logsigmoid(c - j - u.log() + v.log())
+    return value, (-beta / below).masked_fill(both, 0), (beta * (u / v / below)).masked_fill(certain, 0)
 
 
 def pair_terms(
@@ -213,7 +216,7 @@ def pair_terms(
     ref = (ref_chosen, ref_rejected) if kind not in REFERENCE_FREE else (0, 0)
     c, j = (chosen - ref[0]) / n_chosen, (rejected - ref[1]) / n_rejected
     if kind in OVER_THE_BATCH:
-        value, d_chosen, d_rejected = _sorted(kind, c, j, ref, options)
+        value, d_chosen, d_rejected = _sorted(chosen, rejected, ref, options)
     elif margin := _margin(kind, options):
         value, d_chosen = margin(c - j)
         d_rejected = -d_chosen

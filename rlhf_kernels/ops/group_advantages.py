@@ -30,18 +30,24 @@ def group_advantages_reference(
     on_cpu = type(group_ids) is Tensor and group_ids.device.type == "cpu"  # where looking is free
     if on_cpu and bool(((group_ids < 0) | (group_ids >= count)).any()):
         raise invalid(f"group_ids: expected ids in [0, {count}), got {int(group_ids.min())} to {int(group_ids.max())}")
-    # A table of who is with whom: B x B, sums in a fixed order, and a NaN stays in its own group. Differences are
-    # averaged, not scores: equal scores give 0, and a constant added to all of them changes nothing.
-    together = group_ids[:, None] == group_ids
-    sums = lambda x: x.expand(count, count).masked_fill(~together, 0).sum(-1)  # noqa: E731
-    size = together.sum(-1, dtype=scores.dtype)
-    alone = size == 1
-    deviation = sums(scores[:, None] - scores) / size.clamp(min=1)
+    if not count:
+        return scores.clone()
+    bad = (group_ids < 0) | (group_ids >= count)
+    ids, order = torch.sort(torch.where(bad, count, group_ids), stable=True)
+    offsets = torch.searchsorted(ids, torch.arange(count + 2, device=ids.device))  # one group more: of bad ids
+    sums = lambda x: torch.segment_reduce(x, "sum", offsets=offsets, initial=0, unsafe=True)[ids]  # noqa: E731
+    size = (offsets[1:] - offsets[:-1])[ids].to(scores.dtype)
+    # Differences from a member, not scores, are averaged: equal scores give 0. A NaN stays in its own group.
+    x = scores[order]
+    x = x - x[offsets[ids]]
+    deviation = x - sums(x) / size
     if KINDS[kind] == "rloo":
         deviation = deviation * (size / (size - 1).clamp(min=1))
     elif KINDS[kind] == "grpo":
-        deviation = deviation / ((sums(deviation * deviation) / (size - 1).clamp(min=1)).sqrt() + eps)
-    return deviation.masked_fill(alone & scores.isfinite(), 0)
+        scale = (sums(deviation * deviation) / (size - 1).clamp(min=1)).sqrt() + eps
+        deviation = torch.where(deviation == 0, deviation, deviation / scale)
+    deviation = deviation.masked_fill((size == 1) & scores[order].isfinite(), 0)
+    return torch.empty_like(scores).scatter_(0, order, deviation).masked_fill(bad, float("nan"))
 
 
 group_advantages_op = define_composite(SCHEMA, group_advantages_reference)
@@ -56,7 +62,7 @@ def group_advantages(
 ) -> Tensor:
     """Advantages `(B,)`, float32 (float64 for float64 scores), of each sample against the others of its group.
 
-    A group of one gets 0. Not differentiable: inputs are detached. Memory B x B. Raises TypeError or ValueError for
+    A group of one gets 0. Not differentiable: inputs are detached. Raises TypeError or ValueError for
     wrong dtypes and shapes, and on the CPU for an id out of range.
     """
     check.is_float("scores", scores)

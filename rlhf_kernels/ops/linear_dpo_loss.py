@@ -104,16 +104,19 @@ class _Call:
 
 def _three_products(run: _Call, chunks: list[range], shaping: tuple, wants, inputs) -> tuple[Tensor, HeadGradients]:
     bounds = torch.tensor([0, *run.pairs.sizes]).cumsum(0)  # of the halves of the pairs, on the host
+    on_device = bounds.to(run.head.weight.device, non_blocking=True)
     whole = slice(0, run.head.weight.shape[0])
     places = [slice(int(bounds[2 * c.start]), int(bounds[2 * c.stop])) for c in chunks]
     logps = run.head.hidden.new_zeros(2, run.pairs.count, dtype=run.dtype)
-    sums = HeadGradients(run.head, inputs, wants, [(tokens, whole) for tokens in places if tokens.stop > tokens.start])
+    sums = HeadGradients(
+        run.head, inputs, wants, [(tokens, whole) for tokens in places if tokens.stop > tokens.start], rounded=False
+    )
     for pairs, tokens in zip(chunks, places):
         if tokens.stop == tokens.start:
             continue
         logits = run.head.logits(tokens, whole)
         found = run.score(logits, tokens, *shaping)
-        local = (bounds[2 * pairs.start : 2 * pairs.stop + 1] - bounds[2 * pairs.start]).to(logits.device)
+        local = on_device[2 * pairs.start : 2 * pairs.stop + 1] - on_device[2 * pairs.start]
         part = segment_sums(found[0].to(run.dtype), local).view(-1, 2).t()
         at = slice(pairs.start, pairs.stop)
         logps[:, at] = part
@@ -140,7 +143,7 @@ def _four_products(run: _Call, shaping: tuple, wants, inputs) -> tuple[Tensor, H
     )
     logps = segment_sums(saved[0].to(run.dtype), half).view(-1, 2).t()
     pieces = run.head.tiles() if any(wants) else []
-    sums = HeadGradients(run.head, inputs, wants, pieces)
+    sums = HeadGradients(run.head, inputs, wants, pieces, rounded=False)
     slopes = run.slopes(*logps, slice(None)).reshape(-1)[of_token].to(saved[0].dtype)
     for tokens, columns in pieces:
         found = (saved[0].new_empty(0), saved[1][tokens], saved[2][tokens])
@@ -180,12 +183,12 @@ def _fake(hidden, weight, token_ids, bias, ref_logps, mask, cu_seqlens, *rest):
     dtype = compute_dtype(hidden, weight, ref_logps)
     count = token_ids.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
     loss, stats, logps = (hidden.new_empty(s, dtype=d) for s, d in (((), dtype), (7, torch.float64), (count, dtype)))
-    return loss, stats, logps, *fake_gradients(hidden, weight, bias, rest[-3:])
+    return loss, stats, logps, *fake_gradients(hidden, weight, bias, rest[-3:], rounded=False)
 
 
 def _setup_context(ctx, inputs, output):
     _, stats, logps, *gradients = output
-    ctx.wants = inputs[-3:]
+    ctx.wants, ctx.dtypes = inputs[-3:], [None if x is None else x.dtype for x in (inputs[0], inputs[1], inputs[3])]
     ctx.save_for_backward(*gradients)
     ctx.mark_non_differentiable(stats, logps, *gradients)
     ctx.set_materialize_grads(False)
@@ -195,7 +198,8 @@ def _backward(ctx, grad_loss, *_):
     once_differentiable("linear_dpo_loss")
     given = grad_loss is not None
     d_hidden, d_weight, d_bias = (
-        scaled(d, grad_loss) if want and given else None for d, want in zip(ctx.saved_tensors, ctx.wants)
+        scaled(d, grad_loss, dtype) if want and given else None
+        for d, dtype, want in zip(ctx.saved_tensors, ctx.dtypes, ctx.wants)
     )
     return d_hidden, d_weight, None, d_bias, *[None] * (N_ARGUMENTS - 4)
 
@@ -230,7 +234,7 @@ def linear_dpo_loss(
     check_linear(hidden, weight, bias, token_ids, temperature, softcap)
     bounds = cu_seqlens
     if isinstance(cu_seqlens, Tensor) and cu_seqlens.device.type == "cpu":
-        bounds = cu_seqlens.to(token_ids.device)
+        bounds = cu_seqlens.to(token_ids.device, non_blocking=True)
     sequences = check.token_layout("token_ids", token_ids, bounds)
     if sequences % 2:
         raise ValueError(f"token_ids: expected 2B sequences, chosen first, got {sequences}")

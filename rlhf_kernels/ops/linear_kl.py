@@ -35,11 +35,16 @@ BACKWARD_SCHEMA = (
 N_ARGUMENTS = 16
 
 
+def _per_token(hidden: Tensor) -> Tensor:
+    """Something in the shape of the tokens."""
+    return hidden[..., 0] if hidden.shape[-1] else hidden.sum(-1)
+
+
 class _Call:
     """The operands of one call: the heads of policy and reference over the tokens that count."""
 
     def __init__(self, hidden, weight, ref_hidden, ref_weight, bias, ref_bias, mask, temperatures, ref_scale, settled):
-        self.rows = Rows(full_mask(mask, hidden[..., 0] if hidden.shape[-1] else hidden.sum(-1)))
+        self.rows = Rows(full_mask(mask, _per_token(hidden)))
         settled = replace(settled, chunk_tokens=max(1, settled.chunk_tokens // 2))
         self.policy = Head(self.rows.take(hidden), weight, bias, settled)
         reference = replace(settled, logit_scale=ref_scale)
@@ -173,12 +178,16 @@ def linear_kl(
     except (TypeError, ValueError) as error:
         raise type(error)(f"the reference's {error}") from None
     check.same_device("ref_hidden", ref_hidden, "hidden", hidden)
-    check.same_shape("ref_hidden's tokens", ref_hidden[..., 0], "hidden's", hidden.shape[:-1])
-    check.same_shape("ref_weight's vocabulary", ref_weight[:, 0], "weight's", weight.shape[:1])
+    for name, ours, theirs in (
+        ("ref_hidden", hidden.shape[:-1], ref_hidden.shape[:-1]), ("ref_weight", weight.shape[:1], ref_weight.shape[:1])
+    ):  # fmt: skip
+        if ours != theirs:
+            raise ValueError(f"{name}: expected {(*ours, '...')} as the policy has, got {(*theirs, '...')}")
     if weight.shape[0] == 0 and hidden.shape[:-1].numel():
         raise ValueError(f"weight: expected a vocabulary of at least one token, got {tuple(weight.shape)}")
     check_shaping(temperature, softcap, "hidden", hidden, hidden.shape[:-1])
-    check.mask_like(mask, "hidden's tokens", hidden[..., 0])
+    check.mask_like(mask, "hidden's tokens", _per_token(hidden))
+    check.number("logit_scale", logit_scale)
     ref_scale = logit_scale if ref_logit_scale is None else ref_logit_scale
     check.number("ref_logit_scale", ref_scale)
     scalar, temperatures = split_temperature(temperature, compute_dtype(hidden, weight, ref_hidden, ref_weight))

@@ -75,7 +75,7 @@ def linear_ppo_loss_chunked(
     )
     logprobs, entropy = torch.empty_like(old), torch.empty_like(old)
     pieces = head.chunks()
-    sums = HeadGradients(head, (hidden, weight, bias), wants, pieces)
+    sums = HeadGradients(head, (hidden, weight, bias), wants, pieces, rounded=False)
     for tokens, columns in pieces:
         part = lambda x: None if x is None else x[None, tokens]  # noqa: B023, E731
         logits = head.logits(tokens, columns)
@@ -103,12 +103,12 @@ def linear_ppo_loss_chunked(
 
 def _fake(hidden, weight, token_ids, bias, old_logprobs, *rest):
     loss, stats = old_logprobs.new_empty(()), old_logprobs.new_empty((len(PPO_FIELDS),), dtype=torch.float64)
-    return loss, stats, torch.empty_like(old_logprobs), *fake_gradients(hidden, weight, bias, rest[-3:])
+    return loss, stats, torch.empty_like(old_logprobs), *fake_gradients(hidden, weight, bias, rest[-3:], rounded=False)
 
 
 def _setup_context(ctx, inputs, output):
     _, stats, logprobs, *gradients = output
-    ctx.wants = inputs[-3:]
+    ctx.wants, ctx.dtypes = inputs[-3:], [None if x is None else x.dtype for x in (inputs[0], inputs[1], inputs[3])]
     ctx.save_for_backward(*gradients)
     ctx.mark_non_differentiable(stats, logprobs, *gradients)
     ctx.set_materialize_grads(False)
@@ -118,7 +118,8 @@ def _backward(ctx, grad_loss, *_):
     once_differentiable("linear_ppo_loss")
     given = grad_loss is not None
     d_hidden, d_weight, d_bias = (
-        scaled(d, grad_loss) if want and given else None for d, want in zip(ctx.saved_tensors, ctx.wants)
+        scaled(d, grad_loss, dtype) if want and given else None
+        for d, dtype, want in zip(ctx.saved_tensors, ctx.dtypes, ctx.wants)
     )
     return d_hidden, d_weight, None, d_bias, *[None] * (N_ARGUMENTS - 4)
 

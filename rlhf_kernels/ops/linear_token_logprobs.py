@@ -10,7 +10,6 @@ known, linear_ppo_loss and linear_dpo_loss need three. `_head.py` says what is r
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from .._head import (
@@ -126,14 +125,15 @@ def _fake(hidden, weight, token_ids, bias, temperatures, temperature, softcap, i
     return per_token(), per_token() if return_entropy else hidden.new_empty(0, dtype=dtype), per_token(), per_token()
 
 
-def fake_gradients(hidden: Tensor, weight: Tensor, bias: Tensor | None, wants: tuple[bool, bool, bool]):
-    """What an op returns as the gradients of a head's inputs: empty where not wanted."""
-    vocab, h = weight.shape
-    d_bias = hidden.new_empty(
-        vocab if wants[2] else 0, dtype=compute_dtype(hidden, weight) if bias is None else bias.dtype
-    )
-    d_hidden = torch.empty_like(hidden, memory_format=torch.contiguous_format) if wants[0] else hidden.new_empty(0, h)
-    return d_hidden, weight.new_empty(vocab if wants[1] else 0, h), d_bias
+def fake_gradients(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, wants: tuple[bool, bool, bool], rounded: bool = True
+) -> tuple[Tensor, Tensor, Tensor]:
+    """What HeadGradients gives: empty where not wanted."""
+    wide = compute_dtype(hidden, weight)
+    dtypes = [wide if x is None or not rounded else x.dtype for x in (hidden, weight, bias)]
+    (vocab, h), shape = weight.shape, hidden.shape if wants[0] else (0, hidden.shape[-1])
+    shapes = shape, (vocab if wants[1] else 0, h), (vocab if wants[2] else 0,)
+    return tuple(weight.new_empty(s, dtype=d) for s, d in zip(shapes, dtypes))
 
 
 def _fake_backward(grad_logprobs, grad_entropy, hidden, weight, token_ids, bias, *rest):
@@ -210,8 +210,9 @@ def linear_token_logprobs(
 
     Memory: one chunk of logits, chunk_size * V (unless given at most 32 MiB on a CPU and 512 MiB on a GPU, but no fewer
     than 256 and 2048 tokens), forward and backward; six numbers a token; in the backward the gradients, summed in
-    float32. Operands in another dtype than the products' (on a CPU: of 16 bits), or not
-    contiguous, are converted first, whole.
+    float32. Where tokens are ignored (on a GPU always) hidden is copied without them, and its gradient put back.
+    Operands in another dtype than the products' (on a CPU: of 16 bits), or not contiguous, are converted first, whole.
+    bias is converted to the logits' dtype.
 
     Tokens whose id is `ignore_index` give 0 and no gradient, whatever their hidden states hold. On a CPU they are never
     projected. On a GPU their number is on the device, and no op waits for it: their rows are projected as zeros; pass

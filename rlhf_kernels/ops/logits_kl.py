@@ -6,8 +6,9 @@
 
 A small divergence keeps its digits. x = log p_v - log q_v is formed from the difference of the logits, exact where
 they are close, and the terms are summed as p (exp(-x) - 1 + x) and q (exp(x) - 1 - x), which have the same sum and are
-never negative, where the plain sum cancels down to the rounding of the normalisers. The reverse gradient takes the mean
-of x under p for kl: an error common to all x cancels in it. Differentiable in the policy's logits alone.
+never negative, where the plain sum cancels down to the rounding of the normalisers. A gradient sums to 0 over the
+vocabulary; the error that all x have in common is taken out as a multiple of p, for the reverse direction as the mean
+of x under p in place of kl. Differentiable in the policy's logits alone.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from .token_logprobs import check_shaping, scaled_logits, split_temperature
 
 DIRECTIONS = ("reverse", "forward")
 # saved is (6, ...): row_max and log_sum of the policy, of the reference, the difference of their log-sum-exps, and the
-# mean of x under p.
+# multiple of p that makes the gradient sum to 0.
 SCHEMA = (
     "logits_kl(Tensor logits, Tensor ref_logits, Tensor? mask, Tensor? temperatures, float temperature, "
     "float? softcap, int direction) -> (Tensor kl, Tensor saved)"
@@ -45,6 +46,11 @@ def divergence_terms(p: Tensor, q: Tensor, x: Tensor) -> Tensor:
 
 def weighted(p: Tensor, x: Tensor) -> Tensor:
     return torch.where(p == 0, p, p * x)  # 0 * inf is 0
+
+
+def slopes(p: Tensor, q: Tensor, x: Tensor, direction: int) -> Tensor:
+    """d kl / dz but for a multiple of p that makes their sum 0."""
+    return torch.where(x.abs() < 1, -p * torch.expm1(-x), p - q) if direction else weighted(p, x)
 
 
 def log_ratio(z: Tensor, ref_z: Tensor, shift: Tensor) -> Tensor:
@@ -71,7 +77,7 @@ def logits_kl_reference(
     p, q = logs[0].exp(), logs[1].exp()
     saved.append((saved[0] - saved[2] + (totals[0] - totals[1])).to(z.dtype))
     x = log_ratio(z, ref_z, saved[4])
-    saved.append(weighted(p, x).sum(-1) / p.sum(-1))
+    saved.append(slopes(p, q, x, direction).sum(-1) / p.sum(-1))
     kl = (divergence_terms(q, p, -x) if direction else divergence_terms(p, q, x)).sum(-1)
     saved = torch.stack(saved)
     return (kl, saved) if mask is None else (kl.masked_fill(~mask, 0), saved.masked_fill(~mask, 0))
@@ -93,10 +99,7 @@ def logits_kl_backward_into_reference(
     z, ref_z = (scaled_logits(x, temperatures, temperature, softcap) for x in (logits, ref_logits))
     logp, logq = (x - saved[i][..., None] - saved[i + 1][..., None] for i, x in ((0, z), (2, ref_z)))
     p, x = logp.exp(), log_ratio(z, ref_z, saved[4])
-    if direction:
-        d = torch.where(x.abs() < 1, -p * torch.expm1(-x), p - logq.exp())
-    else:
-        d = weighted(p, x - saved[5][..., None])
+    d = slopes(p, logq.exp(), x, direction) - p * saved[5][..., None]
     d = d * grad_kl[..., None] / (temperature if temperatures is None else temperatures.to(d.dtype)[..., None])
     if softcap is not None:
         d = d * (1 - torch.tanh(logits.to(d.dtype) / softcap) ** 2)
@@ -143,8 +146,8 @@ def logits_kl(
 
     Differentiable in logits, once, for any upstream gradient; ref_logits is a constant. Rows under the mask give 0 and
     no gradient, whatever they hold. A logit of -inf in both is a token that neither can choose and adds 0; one that
-    the reference excludes and the policy allows makes reverse KL inf and its gradient NaN. Allocates nothing of the
-    size of the logits but the gradient, unless their dtypes differ or their last stride is not 1: then a copy.
+    the reference excludes and the policy allows makes reverse KL inf and its gradient not finite. Allocates nothing of
+    the size of the logits but the gradient, unless their dtypes differ or their last stride is not 1: then a copy.
     Raises TypeError or ValueError for wrong dtypes, shapes, devices and options.
     """
     check.is_float("logits", logits)

@@ -48,6 +48,12 @@ def _log_ratio(z, ref_z, inverse, shift):
 
 
 @triton.jit
+def _slopes(p, q, x, FORWARD_KL: tl.constexpr):
+    """d kl / dz but for a multiple of p that makes their sum 0."""
+    return tl.where(tl.abs(x) < 1.0, p * (x - exp_tail(-x)), p - q) if FORWARD_KL else _weighted(p, x)
+
+
+@triton.jit
 def _terms(w, v, x):
     """w (exp(-x) - 1 + x) for w = v exp(x), never negative."""
     return tl.where(tl.abs(x) < 0.35, w * exp_tail(-x), v - w + _weighted(w, x))
@@ -89,7 +95,7 @@ def _forward_kernel(
             inside = (columns >= 0) & (columns < n_read)
             p, q = tl.where(inside, p, 0.0), tl.where(inside, q, 0.0)
         total += _terms(q, p, -x) if FORWARD_KL else _terms(p, q, x)
-        moment += _weighted(p, x)
+        moment += _slopes(p, q, x, FORWARD_KL)
         weight += p
     mean = tl.sum(moment, 0) / tl.sum(weight, 0)
     tl.store(kl + row, tl.where(kept, tl.sum(total, 0), 0.0))
@@ -135,11 +141,8 @@ def _backward_kernel(
         z, ref_z = _shaped(x, cap, SOFTCAP), _shaped(ref_x, cap, SOFTCAP)
         ratio = _log_ratio(z, ref_z, inverse, shift)
         p = tl.exp(tl.fma(z, inverse, -top) - log_total)
-        if FORWARD_KL:
-            q = tl.exp(tl.fma(ref_z, inverse, -ref_top) - ref_log_total)
-            d = tl.where(tl.abs(ratio) < 1.0, p * (ratio - exp_tail(-ratio)), p - q)
-        else:
-            d = _weighted(p, ratio - mean)
+        q = tl.exp(tl.fma(ref_z, inverse, -ref_top) - ref_log_total) if FORWARD_KL else p
+        d = _slopes(p, q, ratio, FORWARD_KL) - p * mean
         d *= upstream
         if SOFTCAP:
             t = z / cap
