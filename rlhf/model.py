@@ -277,14 +277,11 @@ def _align(per_token: Tensor, batch: SequenceBatch, first: int) -> Tensor:
 
 
 def _inputs(module: nn.Module, batch: SequenceBatch) -> dict[str, Tensor | bool]:
-    position = torch.arange(batch.ids.shape[1], device=batch.ids.device)
-    inputs = {
-        "input_ids": batch.ids,
-        "attention_mask": (position < batch.lengths[:, None]).long(),
-        "use_cache": False,
-    }
+    """No attention mask: padding stands on the right, where no token of a causal model looks, and without a mask
+    attention skips what lies above the diagonal."""
+    inputs = {"input_ids": batch.ids, "use_cache": False}
     if "position_ids" in inspect.signature(module.forward).parameters:
-        inputs["position_ids"] = position.expand_as(batch.ids)
+        inputs["position_ids"] = torch.arange(batch.ids.shape[1], device=batch.ids.device).expand_as(batch.ids)
     return inputs
 
 
