@@ -28,6 +28,7 @@ def _worker(rank: int, port: int, folder: str) -> None:
     out = ppo_advantages(*part, scores[rows], mask[rows], options=OPTIONS, group=group)
     stats = ppo_loss(*part, mask[rows])[1].all_reduce_(group)
     torch.save({"white": white, "out": list(out), "stats": stats.sums}, f"{folder}/{rank}.pt")
+    dist.barrier()  # a rank that leaves while the other is still in a collective aborts it
     dist.destroy_process_group()
 
 
