@@ -18,10 +18,10 @@ from .._head import CHUNKED, PLAN_SCHEMA, Chunking, Head, HeadGradients, Plan, R
 from .._layout import compute_dtype, full_mask, prepare
 from .._library import call, define, once_differentiable
 from .linear_token_logprobs import fake_gradients
-from .logits_kl import DIRECTIONS, logits_kl_backward_into, logits_kl_op
+from .logits_kl import DIRECTIONS, SAVED, logits_kl_backward_into, logits_kl_op
 from .token_logprobs import check_shaping, split_temperature
 
-# saved is (..., 6), a row of what logits_kl saves a token.
+# saved is (..., SAVED), a row of what logits_kl saves a token.
 _TENSORS = (
     "Tensor hidden, Tensor weight, Tensor ref_hidden, Tensor ref_weight, Tensor? bias, Tensor? ref_bias, Tensor? mask, "
     "Tensor? temperatures"
@@ -75,7 +75,7 @@ def linear_kl_chunked(
     heads = (hidden, weight, ref_hidden, ref_weight, bias, ref_bias)
     run = _Call(*heads, mask, temperatures, ref_logit_scale, Plan(*settled))
     n, dtype = run.policy.hidden.shape[0], compute_dtype(hidden, weight, ref_hidden, ref_weight)
-    kl, saved = run.policy.hidden.new_empty(n, dtype=dtype), run.policy.hidden.new_empty((n, 6), dtype=dtype)
+    kl, saved = run.policy.hidden.new_empty(n, dtype=dtype), run.policy.hidden.new_empty((n, SAVED), dtype=dtype)
     for tokens, columns in run.policy.chunks():
         logits, ref_logits, per_row = run.pair(tokens, columns)
         kl[tokens], part = logits_kl_op(logits, ref_logits, None, per_row, temperature, softcap, direction)
@@ -119,7 +119,7 @@ def linear_kl_backward_tiled(
 
 def _fake(hidden, weight, ref_hidden, ref_weight, *_):
     dtype, shape = compute_dtype(hidden, weight, ref_hidden, ref_weight), hidden.shape[:-1]
-    return hidden.new_empty(shape, dtype=dtype), hidden.new_empty((*shape, 6), dtype=dtype)
+    return hidden.new_empty(shape, dtype=dtype), hidden.new_empty((*shape, SAVED), dtype=dtype)
 
 
 def _fake_backward(grad_kl, hidden, weight, ref_hidden, ref_weight, bias, *rest):

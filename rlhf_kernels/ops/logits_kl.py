@@ -22,7 +22,8 @@ from .._library import call, define, once_differentiable
 from .token_logprobs import check_shaping, scaled_logits, split_temperature
 
 DIRECTIONS = ("reverse", "forward")
-# saved is (6, ...): row_max and log_sum of the policy, of the reference, the difference of their log-sum-exps, and the
+SAVED = 6
+# saved is (SAVED, ...): row_max and log_sum of the policy, of the reference, the difference of their log-sum-exps, and the
 # multiple of p that makes the gradient sum to 0.
 SCHEMA = (
     "logits_kl(Tensor logits, Tensor ref_logits, Tensor? mask, Tensor? temperatures, float temperature, "
@@ -108,7 +109,7 @@ def logits_kl_backward_into_reference(
 
 def _fake(logits, ref_logits, *_):
     dtype, shape = compute_dtype(logits), logits.shape[:-1]
-    return logits.new_empty(shape, dtype=dtype), logits.new_empty((6, *shape), dtype=dtype)
+    return logits.new_empty(shape, dtype=dtype), logits.new_empty((SAVED, *shape), dtype=dtype)
 
 
 def _setup_context(ctx, inputs, output):

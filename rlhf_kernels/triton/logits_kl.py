@@ -7,10 +7,9 @@ import triton.language as tl
 from torch import Tensor
 
 from .._layout import compute_dtype, prepare
+from ..ops.logits_kl import SAVED
 from ._common import exp_tail, launch
 from ._rows import inverse_temperature, load_block, row_meta, row_start, rows_of, tanh
-
-SAVED = 6  # as ops/logits_kl.py says
 
 
 @triton.jit
