@@ -23,8 +23,8 @@ from .token_logprobs import check_shaping, scaled_logits, split_temperature
 
 DIRECTIONS = ("reverse", "forward")
 SAVED = 6
-# saved is (SAVED, ...): row_max and log_sum of the policy, of the reference, the difference of their log-sum-exps, and the
-# multiple of p that makes the gradient sum to 0.
+# saved is (SAVED, ...): row_max and log_sum of the policy, of the reference, the difference of their log-sum-exps, and
+# the multiple of p that makes the gradient sum to 0.
 SCHEMA = (
     "logits_kl(Tensor logits, Tensor ref_logits, Tensor? mask, Tensor? temperatures, float temperature, "
     "float? softcap, int direction) -> (Tensor kl, Tensor saved)"
