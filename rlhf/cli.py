@@ -86,6 +86,7 @@ def build_parser(command: str, cls: type):
         options = {"required": True} if required else {"default": default}
         kind = hints[field.name]
         options |= {"nargs": "+", "type": get_args(kind)[0]} if get_origin(kind) is list else {"type": kind}
+        options |= {"nargs": "?", "const": True} if kind is bool else {}  # --dry_run alone is --dry_run true
         parser.add_argument(f"--{field.name}", help=texts[field.name], **options)
     return parser
 

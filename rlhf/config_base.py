@@ -1,0 +1,101 @@
+"""What every command's configuration shares: errors, checks, the fields of a run and of a training run."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Literal
+
+
+class UsageError(ValueError):
+    """Something the user can put right: the command line prints its one line and exits with status 2."""
+
+
+class TrainingDiverged(RuntimeError):
+    """Loss or gradient was not finite in several optimizer steps in a row: status 1."""
+
+
+class ConfigError(UsageError):
+    """A field holds a value that makes no sense."""
+
+
+def require(ok: bool, name: str, expected: str, value: object) -> None:
+    if not ok:
+        raise ConfigError(f"{name}: expected {expected}, got {value!r}")
+
+
+def require_each(config: object, expected: str, test, names: str) -> None:
+    for name in names.split():
+        value = getattr(config, name)
+        require(value is None or test(value), name, expected, value)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    output_dir: str
+    """Directory of everything that the run writes."""
+    seed: int = 1
+    """Seed of new weights, data order and sampling."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where models live; auto takes a GPU where there is one."""
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Compute type over float32 weights; auto is bfloat16 on GPUs and float32 on CPUs."""
+
+    def __post_init__(self):
+        for entry in fields(self):
+            value = getattr(self, entry.name)
+            require(value is not None or "None" in entry.type, entry.name, entry.type, value)
+            require(not isinstance(value, float) or math.isfinite(value), entry.name, "a finite number", value)
+        usable = bool(self.output_dir) and not Path(self.output_dir).is_file()
+        require(usable, "output_dir", "a directory", self.output_dir)
+        require_each(self, "an integer from 0 to 2**63 - 1", lambda v: 0 <= v < 2**63, "seed")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig(RunConfig):
+    model_name_or_path: str
+    """Model to start from: a directory or a hub id."""
+    dataset_name: str
+    """Local .jsonl, .json, .csv, .parquet or .txt file (also .jsonl.gz, .txt.gz), or a hub id."""
+    dataset_split: str = "train"
+    """Split of a hub dataset."""
+    per_device_train_batch_size: int = 8
+    """Sequences (or pairs) in one forward and backward pass."""
+    gradient_accumulation_steps: int = 1
+    """Passes summed into one optimizer step; the result equals one large batch."""
+    max_steps: int = -1
+    """Stop after this many steps; -1 goes by epochs or episodes."""
+    learning_rate: float = 1e-5
+    """Peak learning rate of AdamW."""
+    lr_scheduler_type: Literal["linear", "cosine", "constant"] = "cosine"
+    """Shape of the decay to zero after the warm-up."""
+    warmup_steps: int = 0
+    """Steps of linear rise from zero to the peak."""
+    weight_decay: float = 0.0
+    """Decoupled weight decay, on matrices only."""
+    adam_beta1: float = 0.9
+    """Decay of AdamW's first moment."""
+    adam_beta2: float = 0.999
+    """Decay of AdamW's second moment."""
+    adam_epsilon: float = 1e-8
+    """AdamW's epsilon."""
+    max_grad_norm: float = 1.0
+    """Gradient norm of a model above which its gradients are scaled down."""
+    save_steps: int = 0
+    """Steps between checkpoints; 0 writes none but the one on SIGTERM."""
+    save_total_limit: int = 2
+    """Checkpoints kept, newest first."""
+    resume: str = "no"
+    """no; auto: from the newest valid checkpoint in output_dir, from scratch when there is none; or a checkpoint."""
+    report_to: Literal["auto", "none", "tensorboard", "wandb", "trackio"] = "auto"
+    """Tracker beside metrics.jsonl, which is always written; auto is TensorBoard where it is installed."""
+
+    def __post_init__(self):
+        super().__post_init__()
+        at_least_one = "per_device_train_batch_size gradient_accumulation_steps save_total_limit"
+        require_each(self, "a number >= 1", lambda v: v >= 1, at_least_one)
+        require_each(self, "a number >= 0", lambda v: v >= 0, "save_steps warmup_steps weight_decay")
+        require_each(self, "a number > 0", lambda v: v > 0, "learning_rate adam_epsilon max_grad_norm")
+        require_each(self, "a number in [0, 1)", lambda v: 0 <= v < 1, "adam_beta1 adam_beta2")
+        require(self.max_steps == -1 or self.max_steps >= 1, "max_steps", "-1 or a number >= 1", self.max_steps)
