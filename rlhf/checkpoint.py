@@ -19,7 +19,7 @@ from pathlib import Path
 
 import numpy
 import torch
-from safetensors.torch import load_file, load_model, save_file, save_model
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from rlhf.config import TrainConfig, TrainingDiverged, UsageError
@@ -58,7 +58,7 @@ def save_checkpoint(
     generators, numbers = _generators()
     with replacing(target) as folder:
         for name, module in modules.items():
-            save_model(module, str(folder / f"{name}.safetensors"))
+            save_file(_trained(module), str(folder / f"{name}.safetensors"))
         save_file(with_optimizer, str(folder / "optimizer.safetensors"))
         save_file(generators, str(folder / "generators.safetensors"))
         record = {"step": step, "state": state, "identity": identity, "generators": numbers}
@@ -88,7 +88,7 @@ def load_checkpoint(
         if (then := record["identity"].get(name)) != now:
             raise CheckpointError(f"{path}: {name} was {then!r} and is now {now!r}: a run continues as it was begun")
     for name, module in modules.items():
-        load_model(module, str(path / f"{name}.safetensors"), device=str(next(module.parameters()).device))
+        _load_trained(module, path / f"{name}.safetensors")
     state: dict[int, dict[str, Tensor]] = {}
     for name, tensor in load_file(path / "optimizer.safetensors").items():
         index, _, key = name.partition(".")
@@ -161,6 +161,20 @@ def _sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def _trained(module: nn.Module) -> dict[str, Tensor]:
+    """What training changes: all parameters, or the adapters among them. A tied one stands there once."""
+    return {name: p.detach().contiguous() for name, p in module.named_parameters() if p.requires_grad}
+
+
+def _load_trained(module: nn.Module, path: Path) -> None:
+    ours, theirs = _trained(module), load_file(path)
+    if ours.keys() != theirs.keys():
+        raise CheckpointError(f"{path}: holds {len(theirs)} tensors that are not those of the {len(ours)} trained here")
+    with torch.no_grad():
+        for name, tensor in ours.items():
+            tensor.copy_(theirs[name])
 
 
 def _flatten(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:

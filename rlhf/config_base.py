@@ -64,6 +64,8 @@ class TrainConfig(RunConfig):
     """Sequences (or pairs) in one forward and backward pass."""
     gradient_accumulation_steps: int = 1
     """Passes summed into one optimizer step; the result equals one large batch."""
+    padding_free: bool = True
+    """Pack sequences without padding where the model allows it."""
     max_steps: int = -1
     """Stop after this many steps; -1 goes by epochs or episodes."""
     learning_rate: float = 1e-5

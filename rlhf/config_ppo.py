@@ -16,7 +16,7 @@ class PPOConfig(TrainConfig):
     reward_model_path: list[str] = field(default_factory=list)
     """Reward models: directories or hub ids of sequence classifiers with one label."""
     reward: list[str] = field(default_factory=list)
-    """Reward functions as module:function, f(prompts, completions, **columns) -> a number a completion or one a token."""
+    """Reward functions as module:function, f(prompts, completions, **columns) -> numbers, one a completion or token."""
     process_reward_model_path: list[str] = field(default_factory=list)
     """Scorers read at the last token of every step of a response, where their score is paid out."""
     step_separator: str = "\n"
@@ -52,10 +52,8 @@ class PPOConfig(TrainConfig):
     """Compute each layer's activations again in the backward pass instead of keeping them."""
     optim: Literal["adamw", "adamw_bf16"] = "adamw"
     """adamw_bf16: weights, gradients and moments in bfloat16 with stochastic rounding, 8 bytes a parameter."""
-    padding_free: bool = True
-    """Pack sequences without padding where the model allows it."""
     micro_batch_tokens: int | None = None
-    """Most tokens in one forward and backward pass; by default per_device_train_batch_size of the longest sequences."""
+    """Most tokens in one forward and backward pass, in place of per_device_train_batch_size sequences."""
     dry_run: bool = False
     """Print the memory that the run will take, by part, and load nothing."""
 

@@ -22,9 +22,10 @@ from torch import Tensor
 
 from rlhf import ppo, reward_model, sft, task
 from rlhf.config import DemoConfig, InitConfig, PPOConfig, RewardConfig, SFTConfig, UsageError
+from rlhf.forward import response_logprobs
 from rlhf.init import init
-from rlhf.model import LanguageModel, load_language_model, load_scorer, response_logprobs
-from rlhf.reward import Reward, function_reward, model_reward, score_rollout
+from rlhf.model import LanguageModel, load_language_model, load_scorer
+from rlhf.reward import Reward, Shaping, function_reward, model_reward, score_rollout
 from rlhf.rollout import Sampling, generate
 from rlhf.types import PromptBatch, Rollout, TrainResult
 
@@ -68,7 +69,8 @@ class Judge:
         parts = []
         for start in range(0, samples, BATCH):
             rollout = sample(policy, min(BATCH, samples - start), *seed, start)
-            rewards = [score_rollout([r], rollout, MISSING_EOS_PENALTY)[0] for r in (self.proxy, self.gold)]
+            shaping = Shaping(missing_eos_penalty=MISSING_EOS_PENALTY)
+            rewards = [score_rollout([r], rollout, shaping).scores for r in (self.proxy, self.gold)]
             logprobs, _ = response_logprobs(policy, rollout.sequences)
             reference, _ = response_logprobs(self.reference, rollout.sequences)
             kl = (logprobs - reference).sum(1)

@@ -153,6 +153,22 @@ class Run:
             self.folder, self.completed, self.modules, self.optimizer, self.state, self.identity, keep
         )
 
+    def keep_best(self, model: LanguageModel, name: str | None, metrics: dict[str, float]) -> None:
+        """Writes the model to best/ where the named metric is the highest so far."""
+        if name is None:
+            return
+        if name not in metrics:
+            found = ", ".join(sorted(key for key in metrics if key.startswith("eval/")))
+            raise UsageError(f"best_metric: expected a metric of the evaluations, such as {found}; got {name!r}")
+        if metrics[name] > self.state.get("best", -math.inf):
+            self.state["best"] = metrics[name]
+            with replacing(self.folder / "best") as folder:
+                save(model, folder)
+
+    def warn(self, lines: list[str]) -> None:
+        for line in lines:
+            say(f"warning: {line}")
+
     def samples(self, step: int, rows: list[dict]) -> None:
         write_samples(self.folder, [{"step": step + 1, **row} for row in rows])
         show_table(f"step {step + 1}", rows[:4])

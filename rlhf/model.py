@@ -1,25 +1,26 @@
-"""Policy, reference, value and reward models, and the two forward passes that everything uses.
+"""Policy, reference, value and reward models: loading, saving, copies that share weights, adapters.
 
-Weights are float32; bfloat16 is the compute type (autocast), so an update of 1e-6 is not rounded away. Modules stay in
-eval mode: dropout would make the ratio of the first update differ from 1.
+Weights that are trained are float32, or bfloat16 with stochastic rounding; bfloat16 is the compute type (autocast), so
+an update of 1e-6 is not rounded away. Modules stay in eval mode: dropout would make the ratio of the first update
+differ from 1.
 """
 
 from __future__ import annotations
 
 import copy
-import inspect
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from functools import cached_property
+from itertools import chain
 from pathlib import Path
 from typing import Literal
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 import rlhf_kernels
-from rlhf.config import RunConfig, UsageError
-from rlhf.types import SequenceBatch
+from rlhf import attention
+from rlhf.config import PPOConfig, RunConfig, UsageError
 
 
 class ModelError(UsageError):
@@ -35,6 +36,11 @@ class _Loaded:
     eos_ids: tuple[int, ...]  # the tokenizer's first; each of them ends a text
     vocab_size: int  # ids that the tokenizer knows; rows of the embedding beyond them are padding
     compute_dtype: torch.dtype
+    padded_because: str | None = None  # why sequences are padded rather than packed
+
+    @property
+    def packed(self) -> bool:
+        return self.module.config._attn_implementation == attention.NAME
 
     @property
     def device(self) -> torch.device:
@@ -72,6 +78,14 @@ class Scorer(_Loaded):
     """A sequence classifier with one label: a reward model, or a value model when read at every token."""
 
 
+@dataclass(frozen=True)
+class ValueHead:
+    """A value model that is a head on the policy's last hidden states."""
+
+    policy: LanguageModel
+    module: nn.Linear  # (1, H) float32
+
+
 def choose_device(config: RunConfig) -> tuple[torch.device, torch.dtype]:
     """(device, compute type) that the configuration asks for."""
     if config.device == "cuda" and not torch.cuda.is_available():
@@ -99,7 +113,8 @@ def load_language_model(path: str, config: RunConfig) -> LanguageModel:
     tokenizer = load_tokenizer(path)
     module, missing = _load_module(AutoModelForCausalLM, path)
     _refuse_missing(path, missing)
-    return LanguageModel(module.to(device).eval(), tokenizer, *_special(module, tokenizer), dtype)
+    reason = _prepare(module, device, config)
+    return LanguageModel(module, tokenizer, *_special(module, tokenizer), dtype, reason)
 
 
 def load_scorer(path: str, config: RunConfig, head: Literal["keep", "random", "zero"] = "keep") -> Scorer:
@@ -118,13 +133,58 @@ def load_scorer(path: str, config: RunConfig, head: Literal["keep", "random", "z
         if head == "keep":
             raise ModelError(f"{path}: has no reward head: train one with `rlhf reward`")
         _init_head(module.score, head, config.seed)
-    scorer = Scorer(module.to(device).eval(), tokenizer, *_special(module, tokenizer), dtype)
+    reason = _prepare(module, device, config)
+    scorer = Scorer(module, tokenizer, *_special(module, tokenizer), dtype, reason)
     module.config.pad_token_id = scorer.pad_id  # transformers' own forward finds the last token by it
     return scorer
 
 
+def _prepare(module: nn.Module, device: torch.device, config: RunConfig) -> str | None:
+    """Puts a module where it runs; returns why its sequences are padded, or None."""
+    module.to(device).eval()
+    packs = getattr(config, "padding_free", True)
+    return attention.enable_packing(module) if packs else "padding_free is false"
+
+
 def frozen_copy(model: LanguageModel) -> LanguageModel:
     return replace(model, module=copy.deepcopy(model.module).requires_grad_(False))
+
+
+def shared_copy(module: nn.Module) -> nn.Module:
+    """The same weights in modules of their own, so that what is added to one is not seen by the other."""
+    kept = {id(tensor): tensor for tensor in chain(module.parameters(), module.buffers())}
+    return copy.deepcopy(module, kept)
+
+
+def with_adapters(model: LanguageModel | Scorer, config: PPOConfig) -> LanguageModel | Scorer:
+    """The model with LoRA adapters over frozen weights, which it shares with `model` (arXiv 2106.09685)."""
+    from peft import LoraConfig
+
+    module = shared_copy(model.module.requires_grad_(False))
+    settings = LoraConfig(
+        r=config.lora_r,
+        lora_alpha=config.lora_alpha,
+        lora_dropout=0.0,
+        target_modules=config.lora_target_modules or "all-linear",
+        base_model_name_or_path=model.module.name_or_path,
+        task_type="CAUSAL_LM" if isinstance(model, LanguageModel) else "SEQ_CLS",
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(config.seed)
+        module.add_adapter(settings)
+    return replace(model, module=module.eval())
+
+
+def value_on_trunk(policy: LanguageModel) -> Scorer:
+    """A scorer that shares the policy's trunk; its head is zero."""
+    from transformers import AutoModelForSequenceClassification
+
+    with torch.device("meta"):
+        module = AutoModelForSequenceClassification.from_config(policy.module.config, num_labels=1)
+    setattr(module, module.base_model_prefix, shared_copy(policy.module.base_model))
+    module.score = nn.Linear(module.score.in_features, 1, bias=False, device=policy.device)
+    nn.init.zeros_(module.score.weight)
+    return Scorer(module.eval(), *(getattr(policy, f.name) for f in fields(policy)[1:]))
 
 
 def save(model: LanguageModel | Scorer, path: Path) -> None:
@@ -132,6 +192,7 @@ def save(model: LanguageModel | Scorer, path: Path) -> None:
     from transformers import GenerationConfig
 
     if isinstance(model, LanguageModel):
+        # of a model with adapters these are all that is written, and their configuration names the base
         model.module.generation_config = GenerationConfig(
             bos_token_id=model.tokenizer.bos_token_id,
             eos_token_id=list(model.eos_ids) or None,
@@ -204,86 +265,3 @@ def _init_head(head: nn.Linear, kind: str, seed: int) -> None:
         if kind == "random":
             noise = torch.randn(head.weight.shape, generator=torch.Generator().manual_seed(seed))
             head.weight.copy_(noise / (head.in_features + 1) ** 0.5)
-
-
-# Forward
-
-
-def response_logprobs(
-    model: LanguageModel,
-    batch: SequenceBatch,
-    temperature: float = 1.0,
-) -> tuple[Tensor, Tensor]:  # (B, R) log-probabilities and entropies in nats, 0 beyond a response
-    """The log-probability of every response token, in sampling and in training alike (in bfloat16 on a CPU sampling
-    rounds logits, training does not)."""
-    if not model.head.fused:
-        return _logprobs_from_logits(model, batch, temperature)
-    hidden, mask = response_hidden(model, batch), batch.response_mask
-    with model.autocast():
-        return rlhf_kernels.linear_token_logprobs(
-            hidden,
-            token_ids=batch.response_ids.masked_fill(~mask, -100),
-            temperature=temperature,
-            return_entropy=True,
-            **model.head_options(),
-        )
-
-
-def response_hidden(model: LanguageModel, batch: SequenceBatch) -> Tensor:  # (B, R, H)
-    """The last hidden states from which each response token is predicted."""
-    with model.autocast():
-        hidden = model.head.hidden(**_inputs(model.module, batch))
-    at = batch.prompt_lengths[:, None] - 1 + torch.arange(batch.response_mask.shape[1], device=hidden.device)
-    at = at.clamp(max=hidden.shape[1] - 1)
-    return hidden.gather(1, at[..., None].expand(-1, -1, hidden.shape[2]))
-
-
-def _logprobs_from_logits(model: LanguageModel, batch: SequenceBatch, temperature: float) -> tuple[Tensor, Tensor]:
-    """Logits exist from the shortest prompt's end on, and for the ids that the tokenizer knows."""
-    first = int(batch.prompt_lengths.min()) - 1
-    kept = batch.ids.shape[1] - first
-    with model.autocast():
-        logits = model.module(**_inputs(model.module, batch), **_only_last(model.module, kept)).logits
-    logits = logits[:, -kept:-1, : model.vocab_size]
-    at = torch.arange(first + 1, batch.ids.shape[1], device=batch.ids.device)
-    counted = (at >= batch.prompt_lengths[:, None]) & (at < batch.lengths[:, None])
-    targets = batch.ids[:, first + 1 :].masked_fill(~counted, -100)
-    logprobs, entropy = rlhf_kernels.token_logprobs(logits, targets, temperature=temperature, return_entropy=True)
-    return _align(logprobs, batch, first), _align(entropy, batch, first)
-
-
-def response_values(model: Scorer, batch: SequenceBatch) -> Tensor:  # (B, R), before each response token
-    return _align(token_scores(model, batch), batch, 0)
-
-
-def sequence_scores(model: Scorer, batch: SequenceBatch) -> Tensor:  # (B,), at the last token by length
-    return token_scores(model, batch).gather(1, batch.lengths[:, None] - 1)[:, 0]
-
-
-def token_scores(model: Scorer, batch: SequenceBatch) -> Tensor:  # (B, T) float32
-    """The head at every token, less the configuration's reward_mean, over its reward_std. The head runs in float32."""
-    with model.autocast():
-        hidden = model.module.base_model(**_inputs(model.module.base_model, batch)).last_hidden_state
-    config = model.module.config
-    raw = model.module.score(hidden.float())[..., 0]
-    return (raw - getattr(config, "reward_mean", 0.0)) / getattr(config, "reward_std", 1.0)
-
-
-def _align(per_token: Tensor, batch: SequenceBatch, first: int) -> Tensor:
-    """(B, T'), column c about what follows position first + c, to (B, R), column j about response token j."""
-    mask = batch.response_mask
-    at = batch.prompt_lengths[:, None] - 1 - first + torch.arange(mask.shape[1], device=mask.device)
-    return per_token.gather(1, at.clamp(max=per_token.shape[1] - 1)).masked_fill(~mask, 0.0)
-
-
-def _inputs(module: nn.Module, batch: SequenceBatch) -> dict[str, Tensor | bool]:
-    """No attention mask: padding stands on the right, where no token of a causal model looks, and without a mask
-    attention skips what lies above the diagonal."""
-    inputs = {"input_ids": batch.ids, "use_cache": False}
-    if "position_ids" in inspect.signature(module.forward).parameters:
-        inputs["position_ids"] = torch.arange(batch.ids.shape[1], device=batch.ids.device).expand_as(batch.ids)
-    return inputs
-
-
-def _only_last(module: nn.Module, count: int) -> dict[str, int]:
-    return {"logits_to_keep": count} if "logits_to_keep" in inspect.signature(module.forward).parameters else {}

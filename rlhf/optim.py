@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from rlhf.config import TrainConfig, TrainingDiverged
 
@@ -41,7 +41,8 @@ def schedule(config: TrainConfig, step: int, total: int) -> float:
 
 
 class StepGuard:
-    """Optimizer steps that skip what is not finite, and give up after `patience` skips in a row."""
+    """Optimizer steps that skip what is not finite, decided on the device; `check` reads how often, and gives up after
+    `patience` skips in a row."""
 
     def __init__(
         self,
@@ -54,24 +55,31 @@ class StepGuard:
         self.optimizer, self.modules, self.max_norm, self.patience = optimizer, modules, max_norm, patience
         self.state = {} if state is None else state
         self.state |= {"skipped": 0, "skipped_in_a_row": 0} | self.state
+        in_a_row = self.state["skipped_in_a_row"]
+        device = next(modules[0].parameters()).device
+        self._counts = torch.tensor([self.state["skipped"], in_a_row, in_a_row], device=device)  # the last: most so far
+        self._last: Tensor | None = None  # loss and norms of the last step, for the message
 
-    @property
-    def skipped(self) -> int:
-        return self.state["skipped"]
-
-    def step(self, loss: float) -> float:
+    def step(self, loss: Tensor) -> Tensor:  # () to ()
         """Clips each module's gradients to max_norm, updates, clears them; returns the largest norm before clipping."""
-        norms = [float(nn.utils.clip_grad_norm_(module.parameters(), self.max_norm)) for module in self.modules]
-        if math.isfinite(loss) and all(map(math.isfinite, norms)):
-            self.optimizer.step()
-            self.state["skipped_in_a_row"] = 0
-        else:
-            self.state["skipped"] += 1
-            self.state["skipped_in_a_row"] += 1
+        norms = [nn.utils.clip_grad_norm_(module.parameters(), self.max_norm) for module in self.modules]
+        self._last = torch.stack([loss.detach().float(), *(norm.float() for norm in norms)])
+        bad = ~self._last.isfinite().all()
+        self.optimizer.found_inf = bad.float()  # the fused optimizers leave everything as it is where this is 1
+        self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        if (skips := self.state["skipped_in_a_row"]) >= self.patience:
+        skipped, in_a_row, most = self._counts.unbind()
+        in_a_row = (in_a_row + 1) * bad
+        self._counts = torch.stack([skipped + bad, in_a_row, torch.maximum(most, in_a_row)])
+        return self._last[1:].max()
+
+    def check(self) -> int:
+        """How many steps were skipped so far: one host sync."""
+        self.state["skipped"], self.state["skipped_in_a_row"], most = self._counts.tolist()
+        if most >= self.patience:
+            loss, *norms = self._last.tolist()
             raise TrainingDiverged(
-                f"loss {loss} with gradient norms {norms}: {skips} optimizer steps in a row were not finite; "
+                f"loss {loss} with gradient norms {norms}: {most} optimizer steps in a row were not finite; "
                 "lower learning_rate or look at the rewards"
             )
-        return max(norms)
+        return self.state["skipped"]

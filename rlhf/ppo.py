@@ -1,6 +1,7 @@
-"""PPO from human feedback: four models, a per-token KL penalty to the reference, GAE, clipped losses.
+"""PPO from human feedback: a per-token KL penalty to the reference, advantages, clipped losses.
 
-Follows the details of arXiv 2403.17031 where they decide correctness. The reference is the initial policy.
+Follows the details of arXiv 2403.17031 where they decide correctness. The reference is the initial policy. A2C, GRPO
+and RLOO are settings of the same loop.
 """
 
 from __future__ import annotations
@@ -14,24 +15,22 @@ import torch
 from torch import Tensor
 
 import rlhf_kernels
-from rlhf.advantages import Models, score, with_advantages
+from rlhf.advantages import score, with_advantages
 from rlhf.config import PPOConfig
-from rlhf.data import TokenExample, load
-from rlhf.log import Clock, Run, say, say_how_logprobs_are_formed
-from rlhf.losses import ppo_losses
-from rlhf.model import (
-    LanguageModel,
-    ModelError,
-    Scorer,
-    frozen_copy,
-    load_language_model,
-    load_scorer,
-    same_vocabulary,
-)
+from rlhf.data import Dataset, TokenExample, load
+from rlhf.evaluation import evaluate, load_prompts
+from rlhf.layout import Models, load_models, recomputing
+from rlhf.log import Clock, Run
+from rlhf.losses import ppo_losses, supervised_loss
+from rlhf.model import LanguageModel, check_context
 from rlhf.optim import StepGuard, make_optimizer, set_learning_rate
-from rlhf.reward import KLController, load_rewards
+from rlhf.reward import KLController
 from rlhf.rollout import Sampling, generate, mix
-from rlhf.types import Experience, PromptBatch, Rollout, TrainResult
+from rlhf.sft import collate
+from rlhf.types import Experience, PromptBatch, Rollout, SequenceBatch, TrainResult, micro_batches
+from rlhf.watch import Watch, health
+
+Update = tuple[rlhf_kernels.PPOStats, Tensor]  # of an optimizer step: statistics, and () its gradient norm
 
 
 def train(
@@ -42,34 +41,50 @@ def train(
     policy, size, source = models.policy, config.batch_size, (config.dataset_name, config.dataset_split)
     data = load(*source, policy.tokenizer, (), config.max_prompt_length, policy.eos_ids, policy.vocab_size)
     models.check_context(data.longest_prompt + config.response_length, "longest prompt + response_length")
-    value_rate = config.value_learning_rate or config.learning_rate
-    trained = [(policy.module, config.learning_rate), (models.value.module, value_rate)]
-    optimizer = make_optimizer(trained, config)
+    held_out, supervised = load_prompts(config, models), load_supervised(config, models)
+    rates = {"policy": config.learning_rate, "value": config.value_learning_rate or config.learning_rate}
+    optimizer = make_optimizer([(module, rates[name]) for name, module in models.modules.items()], config)
     sampling = Sampling(config.response_length, config.temperature)
     total = config.max_steps if config.max_steps > 0 else math.ceil(config.total_episodes / size)
 
-    with Run(config, {"policy": policy.module, "value": models.value.module}, optimizer, data, total) as run:
+    with Run(config, models.modules, optimizer, data, total) as run:
         kl = KLController(run.state.get("kl_coef", config.kl_coef), config.kl_target, config.kl_horizon)
-        guard = StepGuard(optimizer, [module for module, _ in trained], config.max_grad_norm, run.state)
+        guard = StepGuard(optimizer, list(models.modules.values()), config.max_grad_norm, run.state)
+        watch, moments = Watch(config, run.state.setdefault("watch", {})), run.state.setdefault("reward_moments", {})
         for step in run.steps():
             run.poll()
             clock = Clock()
-            prompts = prompt_batch(data.window(step * size, (step + 1) * size, config.seed))
+            prompts = prompt_batch(prompts_of(data, step, config))
             rollout = generate(policy, prompts, sampling, seed=(config.seed, step), should_stop=run.stopping)
             clock.lap("rollout")
-            experience, metrics = score(rollout, models, config, run.poll)
+            batches = list(minibatches(config, step))
+            first_epoch = batches[: config.num_mini_batches]
+            parts = [part for rows in first_epoch for part in passes(rows, rollout.sequences, models, config)]
+            with models.on_device():
+                experience, metrics = score(rollout, models, config, parts, moments, run.poll)
+                gold = models.gold.score(rollout) if models.gold else None
             experience = with_advantages(experience, config, kl.coef)
             clock.lap("score")
             rate = set_learning_rate(optimizer, config, step, total)
-            stats = [
-                update(models, experience, minibatch, guard, config)
-                for minibatch in minibatches(experience, config, step)
-            ]
+            updates: list[Update] = []
+            with recomputing(models, config):
+                for number, rows in enumerate(batches, start=step * len(batches)):
+                    extra = supervised_batch(supervised, number, models, config)
+                    warming = step < config.value_warmup_steps
+                    updates.append(update(models, experience, rows, guard, config, kl.coef, extra, warming))
+                    if config.target_kl and float(updates[-1][0].approx_kl) > config.target_kl:
+                        break
             clock.lap("update")
-            metrics |= summarize(rollout, experience, stats, kl.coef) | clock.laps
-            metrics |= {"lr": rate, "episode": (step + 1) * size, "skipped_steps": guard.skipped}
+            metrics |= summarize(rollout, experience, updates, config, kl.coef) | clock.laps
+            metrics |= {"lr": rate, "episode": (step + 1) * size, "skipped_steps": guard.check()}
+            watched = metrics["policy/entropy_avg"], metrics["objective/kl"]
+            metrics |= health(rollout.completion_ids, rollout.finished, experience.scores.cpu(), *watched, gold)
             kl = kl.update(metrics["objective/kl"], size)
             run.state["kl_coef"] = kl.coef
+            if config.eval_steps and ((step + 1) % config.eval_steps == 0 or step + 1 == total):
+                metrics |= evaluate(models, config, held_out, run.state.setdefault("eval", {}))
+                run.keep_best(policy, config.best_metric, metrics)
+            run.warn(watch.check(step, metrics))
             if config.sample_steps and step % config.sample_steps == 0:
                 run.samples(step, samples(rollout, experience))
             metrics = run.finish(step, metrics)
@@ -78,24 +93,11 @@ def train(
         return run.result(policy)
 
 
-def load_models(config: PPOConfig) -> Models:
-    policy = load_language_model(config.model_name_or_path, config)
-    say_how_logprobs_are_formed(policy)
-    value = load_value_model(config, policy)
-    return Models(policy, value, frozen_copy(policy), load_rewards(config, policy))
-
-
-def load_value_model(config: PPOConfig, policy: LanguageModel) -> Scorer:
-    """From value_model_path; else the reward model where it reads the policy's tokens; else the policy, zero head."""
-    start = config.value_model_path or config.reward_model_path
-    if start:
-        value = load_scorer(start, config, head="zero" if config.value_model_path else "keep")
-        if same_vocabulary(value, policy):
-            return value
-        if config.value_model_path:
-            raise ModelError(f"value_model_path: {start} has another vocabulary than the policy")
-        say("the reward model has another tokenizer: the value model starts from the policy")
-    return load_scorer(config.model_name_or_path, config, head="zero")
+def prompts_of(data: Dataset, step: int, config: PPOConfig) -> list[TokenExample]:
+    """The prompts of a step, num_generations copies of each side by side."""
+    size = config.batch_size // config.num_generations
+    window = data.window(step * size, (step + 1) * size, config.seed)
+    return [example for example in window for _ in range(config.num_generations)]
 
 
 def prompt_batch(examples: list[TokenExample]) -> PromptBatch:
@@ -104,46 +106,89 @@ def prompt_batch(examples: list[TokenExample]) -> PromptBatch:
     return PromptBatch([e.prompt for e in examples], [e.text for e in examples], columns)
 
 
-def minibatches(experience: Experience, config: PPOConfig, step: int) -> Iterator[Tensor]:  # of rows
+def load_supervised(config: PPOConfig, models: Models) -> Dataset | None:
+    if config.ptx_dataset_name is None:
+        return None
+    policy = models.policy
+    check_context(policy, config.ptx_max_length, "ptx_max_length")
+    source = config.ptx_dataset_name, config.dataset_split, policy.tokenizer, ("completion",)
+    return load(*source, config.ptx_max_length, policy.eos_ids, policy.vocab_size)
+
+
+def supervised_batch(data: Dataset | None, number: int, models: Models, config: PPOConfig) -> SequenceBatch | None:
+    """The rows for optimizer step `number` of the run, counted as if none were left out."""
+    if data is None:
+        return None
+    size = config.ptx_batch_size or config.batch_size // config.num_mini_batches
+    rows = data.window(number * size, (number + 1) * size, config.seed)
+    return collate(rows, models.policy, completion_only=True)
+
+
+def minibatches(config: PPOConfig, step: int) -> Iterator[Tensor]:  # of rows, int64 on the host
     """The first epoch goes through the rows in order, in the micro-batches that scored them; later ones shuffle."""
-    count = len(experience.scores)
+    count = config.batch_size
     for epoch in range(config.num_ppo_epochs):
         generator = torch.Generator().manual_seed(mix(config.seed, step, epoch))
         order = torch.randperm(count, generator=generator) if epoch else torch.arange(count)
-        yield from order.to(experience.scores.device).chunk(config.num_mini_batches)
+        yield from order.chunk(config.num_mini_batches)
+
+
+def passes(rows: Tensor, batch: SequenceBatch, models: Models, config: PPOConfig) -> list[Tensor]:
+    """The rows of each forward and backward pass of a minibatch."""
+    size, tokens = config.per_device_train_batch_size, config.micro_batch_tokens
+    return micro_batches(rows, batch.lengths, size, tokens, models.policy.packed)
 
 
 def update(
     models: Models,
     experience: Experience,
-    minibatch: Tensor,  # rows
+    minibatch: Tensor,  # rows, int64 on the host
     guard: StepGuard,
     config: PPOConfig,
-) -> tuple[rlhf_kernels.PPOStats, float]:  # and the gradient norm
-    """One optimizer step: a micro-batch at a time, each divided by the tokens of the whole minibatch."""
-    tokens = experience.sequences.response_lengths[minibatch].sum()
-    parts = []
-    for rows in minibatch.split(config.per_device_train_batch_size):
-        loss, stats = ppo_losses(models, experience.rows(rows), config, tokens)
+    kl_coef: float,
+    supervised: SequenceBatch | None = None,
+    value_only: bool = False,
+) -> Update:
+    """One optimizer step: a micro-batch at a time, each divided by the tokens (or sequences) of the whole minibatch."""
+    in_loss = kl_coef if config.kl_in == "loss" else 0.0
+    tokens = int(experience.sequences.response_lengths[minibatch].sum())
+    counted = tokens if config.loss_reduction == "token_mean" else len(minibatch)
+    denominator = torch.tensor(float(counted)).to(experience.scores.device, non_blocking=True)
+    losses, stats = [], []
+    for rows in passes(minibatch, experience.sequences, models, config):
+        loss, part = ppo_losses(models, experience.rows(rows), config, denominator, in_loss, value_only)
         loss.backward()
-        parts.append((loss.detach(), stats))
-    norm = guard.step(float(sum(loss for loss, _ in parts)))
-    return reduce(add, (stats for _, stats in parts)), norm
+        losses.append(loss.detach())
+        stats.append(part)
+    if supervised is not None and not value_only:
+        for rows in supervised.micro_batches(
+            config.per_device_train_batch_size, config.micro_batch_tokens, models.policy.packed
+        ):
+            loss = config.ptx_coef * supervised_loss(models.policy, supervised, rows)
+            loss.backward()
+            losses.append(loss.detach())
+    return reduce(add, stats), guard.step(torch.stack(losses).sum())
 
 
 def summarize(
     rollout: Rollout,
     experience: Experience,
-    updates: list[tuple[rlhf_kernels.PPOStats, float]],
+    updates: list[Update],
+    config: PPOConfig,
     kl_coef: float,
 ) -> dict[str, float]:
-    """TRL's metric names. Objectives are sums over a response, averaged over the responses; KL is the k1 estimate."""
+    """TRL's metric names. Objectives are sums over a response, averaged over the responses; objective/kl is the k1
+    estimate. Two host syncs."""
     stats = reduce(add, (stats for stats, _ in updates)).as_dict()
-    scores = float(experience.scores.mean())
-    penalty = 0.0 - kl_coef * float(experience.kl.sum(1).mean())
+    of_response = [x.sum(1).mean() for x in (experience.logprobs, experience.ref_logprobs, experience.kl)]
+    norms = torch.stack([norm for _, norm in updates]).mean()
+    numbers = [*of_response, experience.scores.mean(), updates[0][0].ratio_mean, norms]
+    logprob, ref_logprob, kl, scores, ratio_first, norm = torch.stack([x.double() for x in numbers]).tolist()
+    penalty = 0.0 - kl_coef * kl if config.kl_in == "reward" else 0.0
+    lengths = rollout.sequences.response_lengths
     return {
-        "objective/kl": float((experience.logprobs - experience.ref_logprobs).sum(1).mean()),
-        "objective/entropy": -float(experience.logprobs.sum(1).mean()),
+        "objective/kl": logprob - ref_logprob,
+        "objective/entropy": -logprob,
         "objective/non_score_reward": penalty,
         "objective/rlhf_reward": penalty + scores,
         "objective/scores": scores,
@@ -155,11 +200,12 @@ def summarize(
         "loss/value_avg": stats["value_loss"],
         "val/clipfrac_avg": stats["value_clip_fraction"],
         "val/ratio": stats["ratio_mean"],
-        "val/ratio_first": float(updates[0][0].ratio_mean),
-        "tokens": int(rollout.sequences.response_lengths.sum()),
+        "val/ratio_first": ratio_first,
+        "tokens": int(lengths.sum()),
         "val/num_eos_tokens": int(rollout.finished.sum()),
-        "val/response_length": float(rollout.sequences.response_lengths.float().mean()),
-        "grad_norm": sum(norm for _, norm in updates) / len(updates),
+        "val/response_length": float(lengths.float().mean()),
+        "val/updates": len(updates),
+        "grad_norm": norm,
     }
 
 

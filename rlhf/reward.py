@@ -1,8 +1,9 @@
-"""Scores of rollouts: reward models, reward functions, several at once; and the KL controller."""
+"""Scores of rollouts: reward models, process reward models and reward functions, several at once; the KL controller."""
 
 from __future__ import annotations
 
 import importlib
+import inspect
 import math
 import os
 import sys
@@ -14,7 +15,8 @@ import torch
 from torch import Tensor
 
 from rlhf.config import PPOConfig, UsageError
-from rlhf.model import LanguageModel, Scorer, load_scorer, same_vocabulary, sequence_scores
+from rlhf.forward import sequence_scores, token_scores
+from rlhf.model import LanguageModel, Scorer, load_scorer, same_vocabulary
 from rlhf.types import Rollout, SequenceBatch, pad_sequences
 
 
@@ -25,45 +27,138 @@ class RewardError(UsageError):
 @dataclass(frozen=True)
 class Reward:
     name: str
-    score: Callable[[Rollout], list[float]]  # one finite number a response
-    reader: Scorer | None = None  # the reward model, where it reads the policy's tokens as they are
+    score: Callable[[Rollout], Tensor]  # on the host: (B,) one finite number a response, or (B, R) one a token
+    weight: float = 1.0
+    scorer: Scorer | None = None  # the model behind it
+    reader: Scorer | None = None  # the same, where it reads the policy's tokens as they are
 
 
 def load_rewards(config: PPOConfig, policy: LanguageModel) -> list[Reward]:
+    """Functions, reward models, process reward models, with their weights."""
     rewards = [function_reward(name) for name in config.reward]
-    if config.reward_model_path:
-        scorer = load_scorer(config.reward_model_path, config)
-        scorer.module.requires_grad_(False)
-        rewards.append(model_reward(scorer, policy, config.per_device_train_batch_size))
-    return rewards
+    budget = (config.per_device_train_batch_size, config.micro_batch_tokens)
+    for number, path in enumerate(config.reward_model_path, start=1):
+        rewards.append(model_reward(_frozen(path, config), policy, *budget, name=_numbered("model", number)))
+    for number, path in enumerate(config.process_reward_model_path, start=1):
+        name = _numbered("process", number)
+        rewards.append(process_reward(_frozen(path, config), policy, *budget, config.step_separator, name=name))
+    weights = config.reward_weights or [1.0] * len(rewards)
+    return [replace(reward, weight=weight) for reward, weight in zip(rewards, weights)]
+
+
+def _numbered(name: str, number: int) -> str:
+    return name if number == 1 else f"{name}_{number}"
+
+
+def _frozen(path: str, config: PPOConfig) -> Scorer:
+    scorer = load_scorer(path, config)
+    scorer.module.requires_grad_(False)
+    if config.has("frozen_bf16"):
+        scorer.module.to(torch.bfloat16)
+    return scorer
+
+
+# From rewards to the score of a response
+
+
+@dataclass(frozen=True)
+class Scores:
+    """On the host."""
+
+    scores: Tensor  # (B,) float32, the sum of a response's rewards
+    rewards: Tensor | None  # (B, R) float32, where some reward tells tokens apart
+    parts: dict[str, float]  # mean of each reward before normalisation and weight
+
+
+@dataclass(frozen=True)
+class Shaping:
+    """What is done to a weighted sum of rewards, in this order: clip, penalties."""
+
+    score_clip: float | None = None
+    missing_eos_penalty: float | None = None
+    missing_eos: str = "subtract"
+    length_penalty: float = 0.0
+    length_penalty_after: int = 0
+
+    @staticmethod
+    def of(config: PPOConfig) -> Shaping:
+        return Shaping(*(getattr(config, name) for name in Shaping.__dataclass_fields__))
 
 
 def score_rollout(
     rewards: list[Reward],
     rollout: Rollout,
-    missing_eos_penalty: float | None,
-    score_clip: float | None = None,
-) -> tuple[Tensor, dict[str, float]]:  # (B,) float32, on the CPU; mean of each reward
-    """The sum of all rewards, clipped, less the penalty where a response did not end."""
-    parts = torch.tensor([reward.score(rollout) for reward in rewards], dtype=torch.float32)
-    total = parts.sum(0)
-    if score_clip is not None:
-        total = total.clamp(-score_clip, score_clip)
-    if missing_eos_penalty is not None:
-        total = total - missing_eos_penalty * (~rollout.finished.cpu()).float()
-    return total, {f"rewards/{reward.name}": float(scores.mean()) for reward, scores in zip(rewards, parts)}
+    shaping: Shaping = Shaping(),
+    normalization: str = "none",  # none, batch or running
+    moments: dict[str, list[float]] | None = None,  # of each reward so far, brought up to date: a run's state
+) -> Scores:
+    """The weighted sum of all rewards, clipped, less the penalties."""
+    lengths = rollout.sequences.response_lengths
+    total, per_token, parts = torch.zeros(len(lengths)), None, {}
+    for reward in rewards:
+        raw = reward.score(rollout)
+        of_response = raw if raw.dim() == 1 else raw.sum(1)
+        parts[f"rewards/{reward.name}"] = float(of_response.mean())
+        mean, deviation = _moments(of_response, normalization, reward.name, moments)
+        if raw.dim() == 1:
+            total = total + reward.weight * (raw - mean) / deviation
+        else:  # scaled alone: a token that earned nothing stays at 0
+            per_token = (0.0 if per_token is None else per_token) + reward.weight * raw / deviation
+    if shaping.score_clip is not None:
+        total = total.clamp(-shaping.score_clip, shaping.score_clip)
+        per_token = None if per_token is None else per_token.clamp(-shaping.score_clip, shaping.score_clip)
+    if shaping.missing_eos_penalty is not None:
+        unfinished = ~rollout.finished
+        if shaping.missing_eos == "replace":
+            total = total.masked_fill(unfinished, -shaping.missing_eos_penalty)
+            per_token = None if per_token is None else per_token.masked_fill(unfinished[:, None], 0.0)
+        else:
+            total = total - shaping.missing_eos_penalty * unfinished.float()
+    if shaping.length_penalty:
+        total = total - shaping.length_penalty * (lengths - shaping.length_penalty_after).clamp(min=0).float()
+    if per_token is None:
+        return Scores(total, None, parts)
+    per_token = per_token.scatter_add(1, lengths[:, None] - 1, total[:, None])
+    return Scores(per_token.sum(1), per_token, parts)
+
+
+def _moments(
+    scores: Tensor,  # (B,)
+    normalization: str,
+    name: str,
+    moments: dict[str, list[float]] | None,
+) -> tuple[float, float]:  # mean, deviation
+    """Of the batch, or of all episodes so far. A reward that is constant keeps its scale."""
+    if normalization == "none":
+        return 0.0, 1.0
+    count, values = len(scores), scores.double()
+    mean, squares = float(values.mean()), float((values - values.mean()).square().sum())
+    if normalization == "running" and moments is not None:
+        before, mean_before, squares_before = moments.get(name, (0.0, 0.0, 0.0))
+        gap = mean - mean_before
+        squares += squares_before + gap * gap * before * count / (before + count)
+        mean, count = mean_before + gap * count / (before + count), before + count
+        moments[name] = [count, mean, squares]
+    deviation = math.sqrt(squares / count)
+    return mean, deviation if deviation > 1e-8 * max(1.0, abs(mean)) else 1.0
 
 
 # Reward functions
 
 
 def function_reward(name: str) -> Reward:
-    """`module:function`, importable from the current directory too: f(prompts, completions, **columns) -> floats."""
-    function = _find(name)
+    """`module:function`, importable from the current directory too: f(prompts, completions, **columns) -> floats.
 
-    def score(rollout: Rollout) -> list[float]:
+    A function with a parameter `completion_ids` gets the tokens of each response too, and may return a list of one
+    number a token in place of a number."""
+    function = _find(name)
+    takes_ids = "completion_ids" in _parameters(function)
+
+    def score(rollout: Rollout) -> Tensor:
+        extra = {"completion_ids": [list(ids) for ids in rollout.completion_ids]} if takes_ids else {}
+        texts = list(rollout.prompts.texts), list(rollout.completions)
         try:
-            scores = function(list(rollout.prompts.texts), list(rollout.completions), **rollout.prompts.columns)
+            scores = function(*texts, **rollout.prompts.columns | extra)
         except Exception as error:  # a user's code may raise anything; the line must still name it
             frame = traceback.extract_tb(error.__traceback__)[-1]
             place = f"{os.path.basename(frame.filename)}:{frame.lineno}"
@@ -86,36 +181,118 @@ def _find(name: str) -> Callable:
     return function
 
 
-def _checked(name: str, scores: object, rollout: Rollout) -> list[float]:
+def _parameters(function: Callable) -> set[str]:
+    try:
+        return set(inspect.signature(function).parameters)
+    except (TypeError, ValueError):  # of a function in C
+        return set()
+
+
+def _checked(name: str, scores: object, rollout: Rollout) -> Tensor:  # (B,) or (B, R) float32
     expected = len(rollout.completions)
     try:
-        scores = [float(score) for score in scores]
+        scores = list(scores)
+        rows = [
+            list(map(float, s)) if isinstance(s, (list, tuple)) or getattr(s, "ndim", 0) else float(s) for s in scores
+        ]
     except (TypeError, ValueError) as error:
         raise RewardError(f"reward {name}: expected a list of {expected} numbers: {error}") from error
-    if len(scores) != expected:
-        raise RewardError(f"reward {name}: expected {expected} scores, one a completion, got {len(scores)}")
-    for row, score in enumerate(scores):
-        if not math.isfinite(score):
+    if len(rows) != expected:
+        raise RewardError(f"reward {name}: expected {expected} scores, one a completion, got {len(rows)}")
+    by_token = [isinstance(row, list) for row in rows]
+    if any(by_token) and not all(by_token):
+        raise RewardError(f"reward {name}: expected numbers or lists of one number a token, got both")
+    for row, (score, ids) in enumerate(zip(rows, rollout.completion_ids)):
+        values = score if by_token[row] else [score]
+        if by_token[row] and len(score) != len(ids):
+            raise RewardError(f"reward {name}: expected {len(ids)} numbers, one a token, got {len(score)} in row {row}")
+        if bad := [value for value in values if not math.isfinite(value)]:
             text = rollout.completions[row]
-            raise RewardError(f"reward {name}: expected finite scores, got {score} in row {row} for {text!r:.80}")
-    return scores
+            raise RewardError(f"reward {name}: expected finite scores, got {bad[0]} in row {row} for {text!r:.80}")
+    if not any(by_token):
+        return torch.tensor(rows, dtype=torch.float32)
+    width = rollout.sequences.width
+    return torch.tensor([row + [0.0] * (width - len(row)) for row in rows], dtype=torch.float32)
 
 
 # Reward models
 
 
-def model_reward(scorer: Scorer, policy: LanguageModel, batch_size: int) -> Reward:
+def model_reward(
+    scorer: Scorer,
+    policy: LanguageModel,
+    batch_size: int,  # sequences, or
+    tokens: int | None = None,  # tokens, in a forward pass
+    *,
+    name: str = "model",
+) -> Reward:
     """A reward model in its own tokens: text goes through both tokenizers unless they are the same."""
     shared = same_vocabulary(scorer, policy)
 
     @torch.no_grad()
-    def score(rollout: Rollout) -> list[float]:
+    def score(rollout: Rollout) -> Tensor:
         sequences = rollout.sequences if shared else _retokenize(scorer, rollout)
-        parts = torch.arange(len(rollout.completions), device=scorer.device).split(batch_size)
-        scores = torch.cat([sequence_scores(scorer, sequences.rows(part)) for part in parts]).tolist()
-        return _checked("model", scores, rollout)
+        scores = torch.zeros(len(sequences), device=scorer.device)
+        for rows in sequences.micro_batches(batch_size, tokens, scorer.packed):
+            scores[rows.to(scorer.device)] = sequence_scores(scorer, sequences.rows(rows))
+        return _finite(name, scores.cpu(), rollout)
 
-    return Reward("model", score, scorer if shared else None)
+    return Reward(name, score, scorer=scorer, reader=scorer if shared else None)
+
+
+def process_reward(
+    scorer: Scorer,
+    policy: LanguageModel,
+    batch_size: int,
+    tokens: int | None,
+    separator: str,
+    *,
+    name: str = "process",
+) -> Reward:
+    """Each step of a response earns the score of the text up to its end, on its last token."""
+    if not same_vocabulary(scorer, policy):
+        path = scorer.module.name_or_path
+        raise UsageError(
+            f"process_reward_model_path: {path} has another vocabulary than the policy, whose tokens it scores"
+        )
+
+    @torch.no_grad()
+    def score(rollout: Rollout) -> Tensor:
+        sequences = rollout.sequences
+        scores = torch.zeros(len(sequences), sequences.width, device=scorer.device)
+        for rows in sequences.micro_batches(batch_size, tokens, scorer.packed):
+            part = sequences.rows(rows)
+            at_tokens = part.unpack(token_scores(scorer, part)[part.predictors + 1])
+            scores[rows.to(scorer.device), : part.width] = at_tokens
+        ends = torch.zeros(scores.shape, dtype=torch.bool)
+        for row, ids in enumerate(rollout.completion_ids):
+            ends[row, step_ends(ids, policy.tokenizer, separator)] = True
+        return _finite(name, scores.cpu().masked_fill(~ends, 0.0), rollout)
+
+    return Reward(name, score, scorer=scorer, reader=scorer)
+
+
+def step_ends(ids: list[int], tokenizer, separator: str) -> list[int]:
+    """Positions of the tokens that end a step: those that complete a separator, and the last, unless nothing but it
+    (an EOS token, say) follows a separator."""
+    pieces = [tokenizer.decode([i], clean_up_tokenization_spaces=False) for i in ids]
+    text, ends, searched = "", [], 0
+    for position, piece in enumerate(pieces):
+        text += piece
+        while (found := text.find(separator, searched)) >= 0:
+            searched = found + len(separator)
+            ends.append(position)
+    last = len(ids) - 1
+    return sorted({*ends} | ({last} if last - 1 not in ends else set()))
+
+
+def _finite(name: str, scores: Tensor, rollout: Rollout) -> Tensor:
+    finite = scores.isfinite() if scores.dim() == 1 else scores.isfinite().all(1)
+    if not bool(finite.all()):
+        row = int((~finite).nonzero()[0])
+        text = rollout.completions[row]
+        raise RewardError(f"reward {name}: expected finite scores, got {scores[row]} in row {row} for {text!r:.80}")
+    return scores
 
 
 def _retokenize(scorer: Scorer, rollout: Rollout) -> SequenceBatch:

@@ -8,9 +8,10 @@ import torch
 
 from rlhf.config import RewardConfig
 from rlhf.data import Dataset, TokenExample, load, plan
+from rlhf.forward import sequence_scores
 from rlhf.log import Run
 from rlhf.losses import preference_loss
-from rlhf.model import Scorer, check_context, load_scorer, sequence_scores
+from rlhf.model import Scorer, check_context, load_scorer
 from rlhf.optim import StepGuard, make_optimizer, set_learning_rate
 from rlhf.types import SequenceBatch, TrainResult, pad_sequences
 
@@ -47,10 +48,10 @@ def train(
                 loss += part.item()
                 tokens += int(micro.lengths.sum())
                 sums += torch.stack(list(stats.values()))
-            norm = guard.step(loss)
+            norm = float(guard.step(torch.tensor(loss)))
             metrics = {f"rewards/{name}": value / len(batch) for name, value in zip(stats, sums.tolist())}
             metrics |= {"loss": loss, "grad_norm": norm, "lr": rate, "epoch": windows[step][1] / len(data)}
-            metrics |= {"tokens": tokens, "skipped_steps": guard.skipped}
+            metrics |= {"tokens": tokens, "skipped_steps": guard.check()}
             if step + 1 == len(windows):
                 metrics |= evaluate(model, held_out, config) | statistics(model, data, config)
             metrics = run.finish(step, metrics)

@@ -39,16 +39,22 @@ def generate(
     ids, mask = torch.tensor(padded, device=model.device), torch.tensor(mask, device=model.device)
     new_ids = _sample(model, ids, mask, sampling, seed, should_stop)[:, width:]
 
-    ends = torch.isin(new_ids, torch.tensor(model.eos_ids, dtype=torch.long, device=new_ids.device))
-    finished = ends.any(1)
-    lengths = torch.where(finished, ends.int().argmax(1) + 1, new_ids.shape[1]).tolist()
-    responses = [row[:n] for row, n in zip(new_ids.tolist(), lengths)]
-    texts = [r[:-1] if f else r for r, f in zip(responses, finished.tolist())]
+    return read(model, prompts, new_ids.tolist())
+
+
+def read(model: LanguageModel, prompts: PromptBatch, new_ids: list[list[int]]) -> Rollout:
+    """What was sampled, up to and including the first EOS token of each row."""
+    stops = set(model.eos_ids)
+    lengths = [next((n for n, token in enumerate(row, start=1) if token in stops), len(row)) for row in new_ids]
+    responses = [row[:n] for row, n in zip(new_ids, lengths)]
+    finished = [row[-1] in stops for row in responses]
+    texts = [row[:-1] if ended else row for row, ended in zip(responses, finished)]
     return Rollout(
         sequences=pad_sequences(prompts.token_ids, responses, model.pad_id).to(model.device),
-        finished=finished,
+        finished=torch.tensor(finished),
         prompts=prompts,
         completions=[decode(model.tokenizer, ids) for ids in texts],
+        completion_ids=responses,
     )
 
 

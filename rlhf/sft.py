@@ -8,9 +8,10 @@ import torch
 
 from rlhf.config import SFTConfig
 from rlhf.data import TokenExample, load, plan
+from rlhf.forward import token_logprobs
 from rlhf.log import Run, say_how_logprobs_are_formed
 from rlhf.losses import completion_loss
-from rlhf.model import LanguageModel, check_context, load_language_model, response_logprobs
+from rlhf.model import LanguageModel, check_context, load_language_model
 from rlhf.optim import StepGuard, make_optimizer, set_learning_rate
 from rlhf.types import SequenceBatch, TrainResult, pad_sequences
 
@@ -34,17 +35,17 @@ def train(
             batch = collate(data.window(*windows[step], config.seed), model, config.completion_only_loss)
             rate = set_learning_rate(optimizer, config, step, len(windows))
             tokens = int(batch.response_lengths.sum())
-            loss = entropy = 0.0
-            for rows in torch.arange(len(batch.ids), device=model.device).split(config.per_device_train_batch_size):
+            sums = torch.zeros(2, device=model.device)  # loss and entropy
+            for rows in batch.micro_batches(config.per_device_train_batch_size, None, model.packed):
                 run.poll()
-                logprobs, entropies = response_logprobs(model, batch.rows(rows))
+                logprobs, entropies = token_logprobs(model, batch.rows(rows), entropy=True)
                 part = completion_loss(logprobs, tokens)
                 part.backward()
-                loss += part.item()
-                entropy += entropies.sum().item() / tokens
-            norm = guard.step(loss)
+                sums += torch.stack([part.detach(), entropies.detach().sum() / tokens])
+            norm = guard.step(sums[0])
+            loss, entropy, norm = torch.stack([*sums, norm]).tolist()
             metrics = {"loss": loss, "entropy": entropy, "grad_norm": norm, "lr": rate, "tokens": tokens}
-            metrics |= {"epoch": windows[step][1] / len(data), "skipped_steps": guard.skipped}
+            metrics |= {"epoch": windows[step][1] / len(data), "skipped_steps": guard.check()}
             metrics = run.finish(step, metrics)
             if on_step:
                 on_step(step + 1, model, metrics)

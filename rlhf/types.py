@@ -1,17 +1,21 @@
-"""Records that stages exchange. B sequences, T padded length, R longest response.
+"""Records that stages exchange. B sequences, T padded length, R longest response, N tokens, n response tokens.
 
-Sequences are right-padded with prompt and response side by side. Padding is known by the lengths alone, never by the
-pad id, so a pad token that equals the EOS token does no harm. Per-token fields are aligned with the response: column j
-belongs to response token j.
+Sequences are right-padded with prompt and response side by side; lengths are on the host, so that nothing waits for the
+device to know a shape. Padding is known by the lengths alone, never by the pad id, so a pad token that equals the EOS
+token does no harm. What is stored about each response token is padded to (B, R), column j about response token j;
+models and losses work on packed tokens, (n,), row after row.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, fields, replace
+from functools import cached_property
 from pathlib import Path
 
 import torch
 from torch import Tensor
+
+import rlhf_kernels
 
 
 @dataclass(frozen=True)
@@ -26,37 +30,85 @@ class SequenceBatch:
     """Prompts with responses: what every log-probability and score is computed on."""
 
     ids: Tensor  # (B, T) int64
-    prompt_lengths: Tensor  # (B,) int64, each >= 1
-    response_lengths: Tensor  # (B,) int64
+    prompt_lengths: Tensor  # (B,) int64 on the host, each >= 1
+    response_lengths: Tensor  # (B,) int64 on the host
 
-    @property
-    def lengths(self) -> Tensor:  # (B,) int64
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    @cached_property
+    def lengths(self) -> Tensor:  # (B,) int64 on the host
         return self.prompt_lengths + self.response_lengths
 
-    @property
-    def response_mask(self) -> Tensor:  # (B, R) bool
-        return length_mask(self.response_lengths)
+    @cached_property
+    def width(self) -> int:
+        """R."""
+        return int(self.response_lengths.max())
 
-    @property
-    def response_ids(self) -> Tensor:  # (B, R) int64, any valid id beyond a response
-        at = self.prompt_lengths[:, None] + torch.arange(self.response_mask.shape[1], device=self.ids.device)
-        return self.ids.gather(1, at.clamp(max=self.ids.shape[1] - 1))
+    @cached_property
+    def response_mask(self) -> Tensor:  # (B, R) bool
+        return (torch.arange(self.width) < self.response_lengths[:, None]).to(self.ids.device, non_blocking=True)
+
+    @cached_property
+    def cu_seqlens(self) -> Tensor:  # (B+1,) int32, of the packed response tokens
+        return cumulated(self.response_lengths).int().to(self.ids.device, non_blocking=True)
+
+    @cached_property
+    def tokens(self) -> Tensor:  # (N,) int64, where each token stands in the flattened ids
+        starts = torch.arange(len(self)) * self.ids.shape[1]
+        return ranges(starts, self.lengths).to(self.ids.device, non_blocking=True)
+
+    @cached_property
+    def positions(self) -> Tensor:  # (N,) int64, of each token in its sequence
+        return ranges(torch.zeros_like(self.lengths), self.lengths).to(self.ids.device, non_blocking=True)
+
+    @cached_property
+    def predictors(self) -> Tensor:  # (n,) int64, which of the N tokens each response token is predicted from
+        starts = cumulated(self.lengths)[:-1] + self.prompt_lengths - 1
+        return ranges(starts, self.response_lengths).to(self.ids.device, non_blocking=True)
+
+    @cached_property
+    def last_tokens(self) -> Tensor:  # (B,) int64, which of the N tokens is a sequence's last
+        return (cumulated(self.lengths)[1:] - 1).to(self.ids.device, non_blocking=True)
+
+    @cached_property
+    def response_tokens(self) -> Tensor:  # (n,) int64, where each response token stands in a flattened (B, R)
+        starts = torch.arange(len(self)) * self.width
+        return ranges(starts, self.response_lengths).to(self.ids.device, non_blocking=True)
+
+    @cached_property
+    def response_ids(self) -> Tensor:  # (n,) int64
+        return self.ids.flatten()[self.tokens[self.predictors + 1]]
+
+    def pack(self, per_token: Tensor) -> Tensor:  # (B, R) to (n,)
+        return per_token.flatten()[self.response_tokens]
+
+    def unpack(self, packed: Tensor) -> Tensor:  # (n,) to (B, R), 0 beyond a response
+        flat = packed.new_zeros(len(self) * self.width)
+        return flat.index_copy(0, self.response_tokens, packed).view(len(self), self.width)
 
     def rows(self, index: Tensor) -> SequenceBatch:
-        """These rows, padded to their own longest: what a row is computed with depends on its micro-batch alone."""
+        """These rows (int64 on the host), padded to their own longest: what a row is computed with depends on its
+        micro-batch alone."""
         prompts, responses = self.prompt_lengths[index], self.response_lengths[index]
-        return SequenceBatch(self.ids[index, : int((prompts + responses).max())], prompts, responses)
+        chosen = self.ids[index.to(self.ids.device, non_blocking=True)]
+        return SequenceBatch(chosen[:, : int((prompts + responses).max())], prompts, responses)
+
+    def micro_batches(self, sequences: int, tokens: int | None, packed: bool) -> list[Tensor]:
+        """Rows, int64 on the host, of forward passes over `sequences` rows each, or over as many as have `tokens`."""
+        return micro_batches(torch.arange(len(self)), self.lengths, sequences, tokens, packed)
 
     def to(self, device: torch.device) -> SequenceBatch:
-        return SequenceBatch(*(getattr(self, f.name).to(device) for f in fields(self)))
+        return replace(self, ids=self.ids.to(device, non_blocking=True))
 
 
 @dataclass(frozen=True)
 class Rollout:
     sequences: SequenceBatch
-    finished: Tensor  # (B,) bool: the response ends with an EOS token
+    finished: Tensor  # (B,) bool on the host: the response ends with an EOS token
     prompts: PromptBatch
     completions: list[str]  # B, special tokens left out
+    completion_ids: list[list[int]]  # B responses, the EOS token included
 
 
 @dataclass(frozen=True)
@@ -64,18 +116,18 @@ class Experience:
     sequences: SequenceBatch
     logprobs: Tensor  # (B, R) float32, of the policy that sampled
     ref_logprobs: Tensor  # (B, R) float32
-    values: Tensor  # (B, R) float32, before each response token
-    scores: Tensor  # (B,) float32
+    kl: Tensor  # (B, R) float32, policy to reference by the configured estimator
+    scores: Tensor  # (B,) float32, the sum of a response's rewards
+    rewards: Tensor | None = None  # (B, R) float32, of each token, where some reward tells tokens apart
+    values: Tensor | None = None  # (B, R) float32, before each response token
     advantages: Tensor | None = None  # (B, R) float32
     returns: Tensor | None = None  # (B, R) float32
-    kl: Tensor | None = None  # (B, R) float32
 
     def rows(self, index: Tensor) -> Experience:
-        """These rows, padded to their own longest."""
-        sequences = self.sequences.rows(index)
-        width = sequences.response_mask.shape[1]
+        """These rows (int64 on the host), padded to their own longest."""
+        sequences, there = self.sequences.rows(index), index.to(self.scores.device, non_blocking=True)
         cut = {
-            f.name: value[index, :width] if value.dim() == 2 else value[index]
+            f.name: value[there, : sequences.width] if value.dim() == 2 else value[there]
             for f in fields(self)
             if isinstance(value := getattr(self, f.name), Tensor)
         }
@@ -90,10 +142,33 @@ class TrainResult:
     metrics: dict[str, float]  # of the last step
 
 
-def length_mask(
+def cumulated(lengths: Tensor) -> Tensor:  # (B,) to (B+1,) int64, from 0
+    return torch.cat([lengths.new_zeros(1), lengths.cumsum(0)])
+
+
+def ranges(
+    starts: Tensor,  # (B,) int64
     lengths: Tensor,  # (B,) int64
-) -> Tensor:  # (B, max length) bool
-    return torch.arange(int(lengths.max()), device=lengths.device) < lengths[:, None]
+) -> Tensor:  # (sum of lengths,) int64
+    """start, start + 1, ... of each row, one after the other."""
+    shift = starts - cumulated(lengths)[:-1]
+    return torch.arange(int(lengths.sum())) + shift.repeat_interleave(lengths)
+
+
+def micro_batches(
+    rows: Tensor,  # (n,) int64 on the host
+    lengths: Tensor,  # (B,) int64 on the host, tokens of every row
+    sequences: int,
+    tokens: int | None,
+    packed: bool,
+) -> list[Tensor]:
+    """Rows of each forward pass: `sequences` of them in order, or as many as have `tokens` together, padding included
+    where they are not packed."""
+    if tokens is None:
+        return list(rows.split(sequences))
+    counts = lengths[rows].tolist()
+    plan = rlhf_kernels.pack_sequences if packed else rlhf_kernels.plan_microbatches
+    return [rows[torch.tensor(sorted(part))] for part in plan(counts, max(tokens, *counts))]
 
 
 def pad_sequences(

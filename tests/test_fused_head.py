@@ -10,12 +10,13 @@ import torch
 from test_losses import experience_of, ppo_config
 
 import rlhf_kernels
-from rlhf import ppo
-from rlhf.advantages import Models
+from rlhf import layout
 from rlhf.cli import main
 from rlhf.config import RunConfig
+from rlhf.forward import response_logprobs
+from rlhf.layout import Models
 from rlhf.losses import ppo_losses
-from rlhf.model import LanguageModel, load_language_model, response_logprobs
+from rlhf.model import LanguageModel, load_language_model
 from rlhf.rollout import _Draw
 from rlhf.types import pad_sequences
 from rlhf_kernels import LMHead, PPOLossOptions, PPOStats, ppo_loss
@@ -96,18 +97,18 @@ def test_logprobs_are_those_of_the_logits(model):
 
 def test_logits_of_whole_sequences_are_never_formed(tiny_model, monkeypatch):
     """In a run of PPO the head is called to probe it and to sample the next token, and at no other time."""
-    shapes, load = [], ppo.load_language_model
+    shapes, load = [], layout.load_language_model
 
     def watched(*arguments):
         model = load(*arguments)
         model.module.lm_head.register_forward_hook(lambda _, inputs, logits: shapes.append(tuple(logits.shape[:-1])))
         return model
 
-    monkeypatch.setattr(ppo, "load_language_model", watched)
+    monkeypatch.setattr(layout, "load_language_model", watched)
     config = ppo_config(tiny_model)
-    models = ppo.load_models(config)
+    models = layout.load_models(config)
     experience = experience_of(models, config)
-    loss, _ = ppo_losses(models, experience, config, experience.sequences.response_lengths.sum())
+    loss, _ = ppo_losses(models, experience, config, experience.sequences.response_lengths.sum().float())
     loss.backward()
     assert models.policy.head.fused and {shape for shape in shapes if shape != TOKENS} == {(8, 1)}
     monkeypatch.setattr(models.policy.module.lm_head, "forward", None)
@@ -127,7 +128,7 @@ PPO = {
 def far(tiny_model):
     """Models and an experience whose ratios, values and returns are far enough apart for every clip to act."""
     config = ppo_config(tiny_model)
-    models = ppo.load_models(config)
+    models = layout.load_models(config)
     models = replace(models, policy=replace(models.policy, eos_ids=(2, 5, 9, 11, 12)))  # so that lengths differ
     experience = experience_of(models, config)
     assert len(set(experience.sequences.response_lengths.tolist())) > 2
@@ -143,7 +144,7 @@ def far(tiny_model):
 @pytest.mark.parametrize("case", PPO)
 def test_ppo_losses_are_those_of_the_logits(far, tiny_model, case):
     (models, experience), config = far, ppo_config(tiny_model, **PPO[case])
-    part, tokens = experience.rows(torch.tensor([1, 2, 6])), experience.sequences.response_lengths.sum()
+    part, tokens = experience.rows(torch.tensor([1, 2, 6])), experience.sequences.response_lengths.sum().float()
     found = []
     for policy in (models.policy, _on_logits(models.policy)):
         both = Models(policy, models.value, models.reference, models.rewards)

@@ -11,12 +11,13 @@ import pytest
 import torch
 from torch import nn
 
-from rlhf.advantages import Models, score, with_advantages
+from rlhf.advantages import score, with_advantages
 from rlhf.config import PPOConfig, SFTConfig, TrainingDiverged
+from rlhf.layout import Models, load_models
 from rlhf.losses import completion_loss, preference_loss
 from rlhf.model import ModelError
 from rlhf.optim import StepGuard, make_optimizer, schedule
-from rlhf.ppo import load_models, minibatches, update
+from rlhf.ppo import minibatches, update
 from rlhf.rollout import Sampling, generate
 from rlhf.types import PromptBatch
 
@@ -65,9 +66,9 @@ def test_accumulated_gradients_equal_those_of_one_batch(tiny_model, micro):
     """Responses of different lengths: a mean of the micro-batches' means would differ."""
 
     class KeepGradients(StepGuard):
-        def step(self, loss: float) -> float:
-            self.loss = loss
-            return 0.0
+        def step(self, loss: torch.Tensor) -> torch.Tensor:
+            self.loss = float(loss)
+            return torch.zeros(())
 
     gradients, losses = [], []
     for size in (8, micro):
@@ -76,8 +77,8 @@ def test_accumulated_gradients_equal_those_of_one_batch(tiny_model, micro):
         models = replace(models, policy=replace(models.policy, eos_ids=(2, 5, 9, 11, 12)))  # so that lengths differ
         experience = experience_of(models, ppo_config(tiny_model))
         assert len(set(experience.sequences.response_lengths.tolist())) > 2
-        guard = KeepGradients(None, [], 1.0)
-        update(models, experience, torch.arange(8), guard, config)
+        guard = KeepGradients(None, [models.policy.module], 1.0)
+        update(models, experience, torch.arange(8), guard, config, config.kl_coef)
         losses.append(guard.loss)
         modules = (models.policy.module, models.value.module)
         gradients.append([p.grad for m in modules for p in m.parameters() if p.grad is not None])
@@ -111,13 +112,12 @@ def test_every_model_that_reads_the_policys_tokens_must_have_the_positions(tiny_
 
 def test_the_first_epoch_goes_in_order_and_later_ones_shuffle(tiny_model):
     config = ppo_config(tiny_model, num_mini_batches=2, num_ppo_epochs=3, per_device_train_batch_size=4)
-    experience = experience_of(load_models(config), config)
-    rows = [minibatch.tolist() for minibatch in minibatches(experience, config, step=5)]
+    rows = [minibatch.tolist() for minibatch in minibatches(config, step=5)]
     assert rows[:2] == [[0, 1, 2, 3], [4, 5, 6, 7]]
     assert all(sorted(rows[2 * e] + rows[2 * e + 1]) == list(range(8)) for e in range(3))
     assert len({str(rows[2 * e : 2 * e + 2]) for e in range(3)}) == 3
-    assert rows == [minibatch.tolist() for minibatch in minibatches(experience, config, step=5)]
-    assert rows != [minibatch.tolist() for minibatch in minibatches(experience, config, step=6)]
+    assert rows == [minibatch.tolist() for minibatch in minibatches(config, step=5)]
+    assert rows != [minibatch.tolist() for minibatch in minibatches(config, step=6)]
 
 
 @pytest.mark.parametrize(
@@ -146,16 +146,19 @@ def test_only_matrices_decay_and_each_model_has_its_rate():
 
 def test_steps_that_are_not_finite_are_skipped_and_three_in_a_row_end_the_run():
     module = nn.Linear(2, 1)
-    guard = StepGuard(torch.optim.SGD(module.parameters(), lr=0.1), [module], max_norm=1.0)
+    state = {}
+    optimizer = torch.optim.AdamW(module.parameters(), lr=0.1, fused=True)
+    guard = StepGuard(optimizer, [module], max_norm=1.0, state=state)
 
-    def step(value: float) -> None:
+    def step(value: float) -> int:
         (module(torch.ones(1, 2)).sum() * value).backward()
-        guard.step(value)
+        guard.step(torch.tensor(value))
+        return guard.check()
 
     before = module.weight.detach().clone()
     step(float("nan"))
-    step(float("inf"))
-    assert torch.equal(module.weight, before) and guard.skipped == 2
+    assert step(float("inf")) == 2 and torch.equal(module.weight, before)
+    assert state == {"skipped": 2, "skipped_in_a_row": 2} and not optimizer.state[module.weight]["step"]
     step(1.0)
     assert not torch.equal(module.weight, before) and module.weight.grad is None
     step(float("nan"))
@@ -167,9 +170,10 @@ def test_steps_that_are_not_finite_are_skipped_and_three_in_a_row_end_the_run():
 
 def test_clipping_is_by_model():
     modules = [nn.Linear(4, 1, bias=False), nn.Linear(4, 1, bias=False)]
-    guard = StepGuard(torch.optim.SGD([p for m in modules for p in m.parameters()], lr=1.0), modules, max_norm=1.0)
+    optimizer = torch.optim.SGD([p for m in modules for p in m.parameters()], lr=1.0, fused=True)
+    guard = StepGuard(optimizer, modules, max_norm=1.0)
     before = [m.weight.detach().clone() for m in modules]
     (100 * modules[0](torch.ones(1, 4)) + 0.1 * modules[1](torch.ones(1, 4))).backward()
-    assert guard.step(1.0) == pytest.approx(200.0)
+    assert float(guard.step(torch.tensor(1.0))) == pytest.approx(200.0)
     assert (modules[0].weight - before[0]).norm().item() == pytest.approx(1.0, rel=1e-4)
     assert (modules[1].weight - before[1]).norm().item() == pytest.approx(0.2, rel=1e-4)

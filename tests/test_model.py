@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from rlhf.config import InitConfig, RunConfig, UsageError
+from rlhf.forward import response_logprobs, response_values, sequence_scores
 from rlhf.init import init
 from rlhf.model import (
     ModelError,
@@ -19,10 +20,7 @@ from rlhf.model import (
     frozen_copy,
     load_language_model,
     load_scorer,
-    response_logprobs,
-    response_values,
     save,
-    sequence_scores,
 )
 from rlhf.types import pad_sequences
 

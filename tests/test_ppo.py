@@ -10,7 +10,7 @@ import pytest
 import torch
 from conftest import SHARED_DATA
 
-from rlhf import ppo, reward_model
+from rlhf import layout, ppo, reward_model
 from rlhf.config import ConfigError, InitConfig, PPOConfig, RewardConfig, TrainingDiverged
 from rlhf.init import init
 from rlhf.log import Run
@@ -96,14 +96,14 @@ def test_objectives_add_up(config, tiny_reward_model):
 def test_where_the_value_model_starts(config, tiny_reward_model, tiny_model, corpus, tmp_path, capsys):
 
     def head(config: PPOConfig) -> torch.Tensor:
-        return ppo.load_models(config).value.module.score.weight
+        return layout.load_models(config).value.module.score.weight
 
     assert not head(config).any()
     assert head(replace(config, reward_model_path=tiny_reward_model)).any()
     sizes = {"vocab_size": 300, "hidden_size": 32, "num_hidden_layers": 1}
     other = init(InitConfig(dataset_name=corpus, output_dir=str(tmp_path / "bpe"), tokenizer="bpe", **sizes))
     with pytest.raises(ModelError, match=r"value_model_path: .* has another vocabulary than the policy"):
-        ppo.load_models(replace(config, value_model_path=str(other)))
+        layout.load_models(replace(config, value_model_path=str(other)))
 
 
 def test_samples_show_prompt_completion_and_score(config, capsys):

@@ -6,9 +6,10 @@ import pytest
 import torch
 
 from rlhf.config import InitConfig, RunConfig
+from rlhf.forward import sequence_scores
 from rlhf.init import init
-from rlhf.model import load_language_model, load_scorer, sequence_scores
-from rlhf.reward import KLController, RewardError, function_reward, model_reward, score_rollout
+from rlhf.model import load_language_model, load_scorer
+from rlhf.reward import KLController, RewardError, Shaping, function_reward, model_reward, score_rollout
 from rlhf.rollout import decode
 from rlhf.types import PromptBatch, Rollout, pad_sequences
 
@@ -31,15 +32,16 @@ def rollout(policy) -> Rollout:
         finished=torch.tensor([True, False]),
         prompts=PromptBatch(ids, prompts, {"label": [1, 2]}),
         completions=[decode(policy.tokenizer, r) for r in responses],
+        completion_ids=responses,
     )
 
 
 def test_rewards_are_summed_and_a_missing_eos_costs(rollout):
     rewards = [function_reward("rewards_for_tests:count_good"), function_reward("rewards_for_tests:add_label")]
-    scores, parts = score_rollout(rewards, rollout, missing_eos_penalty=0.5)
-    assert scores.tolist() == [12.0, 19.5]
-    assert parts == {"rewards/rewards_for_tests:count_good": 1.0, "rewards/rewards_for_tests:add_label": 15.0}
-    assert score_rollout(rewards, rollout, None)[0].tolist() == [12.0, 20.0]
+    found = score_rollout(rewards, rollout, Shaping(missing_eos_penalty=0.5))
+    assert found.scores.tolist() == [12.0, 19.5] and found.rewards is None
+    assert found.parts == {"rewards/rewards_for_tests:count_good": 1.0, "rewards/rewards_for_tests:add_label": 15.0}
+    assert score_rollout(rewards, rollout).scores.tolist() == [12.0, 20.0]
 
 
 @pytest.mark.parametrize(
@@ -60,8 +62,8 @@ def test_a_bad_reward_function_is_named(rollout, name, problem):
 
 def test_the_clip_is_on_the_rewards_and_leaves_the_penalty(rollout):
     rewards = [function_reward("rewards_for_tests:add_label")] * 2
-    assert score_rollout(rewards, rollout, None)[0].tolist() == [20.0, 40.0]  # a reward named twice counts twice
-    assert score_rollout(rewards, rollout, 0.5, score_clip=3.0)[0].tolist() == [3.0, 2.5]
+    assert score_rollout(rewards, rollout).scores.tolist() == [20.0, 40.0]  # a reward named twice counts twice
+    assert score_rollout(rewards, rollout, Shaping(3.0, missing_eos_penalty=0.5)).scores.tolist() == [3.0, 2.5]
 
 
 @pytest.mark.parametrize(
@@ -85,14 +87,14 @@ def test_reward_functions_are_found_in_the_current_directory(tmp_path, monkeypat
         "def length(prompts, completions, **_):\n    return map(len, completions)\n"
     )
     monkeypatch.chdir(tmp_path)
-    assert function_reward("my_rewards:length").score(rollout) == [13.0, 4.0]
+    assert function_reward("my_rewards:length").score(rollout).tolist() == [13.0, 4.0]
 
 
 def test_a_reward_model_with_the_policys_tokens_reads_them_directly(policy, tiny_reward_model, rollout):
     scorer = load_scorer(tiny_reward_model, RUN)
     expected = sequence_scores(scorer, rollout.sequences).tolist()
-    assert model_reward(scorer, policy, batch_size=2).score(rollout) == expected
-    one_by_one = model_reward(scorer, policy, batch_size=1).score(rollout)
+    assert model_reward(scorer, policy, batch_size=2).score(rollout).tolist() == expected
+    one_by_one = model_reward(scorer, policy, batch_size=1).score(rollout).tolist()
     assert one_by_one == pytest.approx(expected, abs=1e-5)
 
 
@@ -105,7 +107,7 @@ def test_a_reward_model_with_its_own_tokenizer_reads_text(policy, corpus, tmp_pa
     batch = pad_sequences([t[:1] for t in texts], [t[1:] for t in texts], scorer.pad_id)
     with torch.no_grad():
         expected = sequence_scores(scorer, batch).tolist()
-    assert model_reward(scorer, policy, batch_size=2).score(rollout) == pytest.approx(expected, abs=1e-6)
+    assert model_reward(scorer, policy, batch_size=2).score(rollout).tolist() == pytest.approx(expected, abs=1e-6)
 
 
 def test_the_kl_controller_steers_to_its_target():

@@ -9,7 +9,8 @@ import torch
 
 from rlhf.config import RewardConfig
 from rlhf.data import load
-from rlhf.model import load_scorer, sequence_scores
+from rlhf.forward import sequence_scores
+from rlhf.model import load_scorer
 from rlhf.reward_model import collate, score_pairs, train
 
 pytestmark = pytest.mark.usefixtures("one_thread")

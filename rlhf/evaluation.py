@@ -1,0 +1,85 @@
+"""Evaluation on held-out prompts: reward, KL, and how often the policy's response beats the reference's."""
+
+from __future__ import annotations
+
+from itertools import islice
+
+import torch
+from torch import Tensor
+
+from rlhf.config import PPOConfig
+from rlhf.data import read_rows, tokenize
+from rlhf.forward import token_logprobs
+from rlhf.layout import Models
+from rlhf.model import LanguageModel
+from rlhf.reward import Reward, Shaping, score_rollout
+from rlhf.rollout import Sampling, generate
+from rlhf.types import PromptBatch, Rollout
+
+SEED = 7_919  # apart from those of training's rollouts, and the same at every evaluation
+
+
+def load_prompts(config: PPOConfig, models: Models) -> list[PromptBatch]:
+    """Held-out prompts in batches that training's memory holds."""
+    if config.eval_dataset_name is None:
+        return []
+    policy, rows = models.policy, islice(read_rows(config.eval_dataset_name, config.dataset_split), config.eval_prompts)
+    data = tokenize(rows, policy.tokenizer, (), config.max_prompt_length, policy.eos_ids, policy.vocab_size)
+    models.check_context(data.longest_prompt + config.response_length, "longest held-out prompt + response_length")
+    batches = []
+    for start in range(0, len(data), config.batch_size):
+        examples = data.examples[start : start + config.batch_size]
+        names = sorted({name for e in examples for name in e.columns})
+        columns = {name: [e.columns.get(name) for e in examples] for name in names}
+        batches.append(PromptBatch([e.prompt for e in examples], [e.text for e in examples], columns))
+    return batches
+
+
+@torch.no_grad()
+def evaluate(models: Models, config: PPOConfig, prompts: list[PromptBatch], state: dict) -> dict[str, float]:
+    """eval/score, eval/kl (nats a response), eval/length, eval/eos_rate, eval/win_rate over the reference by the score
+    (ties count half), the mean of each reward, and eval/gold. The same random numbers every time: what changes is the
+    policy. `state` keeps the reference's scores, a part of checkpoints."""
+    sampling = Sampling(config.response_length, config.temperature)
+    scores, parts, kls, lengths, finished, gold = [], [], [], [], [], []
+    with models.on_device():
+        for number, batch in enumerate(prompts):
+            rollout = generate(models.policy, batch, sampling, seed=(config.seed, SEED, number))
+            found = score_rollout(models.rewards, rollout, Shaping.of(config))
+            scores.append(found.scores)
+            parts.append(found.parts)
+            kls.append(response_kl(models.policy, models.reference, rollout, config).cpu())
+            lengths.append(rollout.sequences.response_lengths.float())
+            finished.append(rollout.finished.float())
+            gold += [_of_responses(models.gold, rollout)] if models.gold else []
+        if "reference_scores" not in state:
+            rollouts = (
+                generate(models.reference, batch, sampling, seed=(config.seed, SEED, number))
+                for number, batch in enumerate(prompts)
+            )
+            of_reference = [score_rollout(models.rewards, rollout, Shaping.of(config)).scores for rollout in rollouts]
+            state["reference_scores"] = torch.cat(of_reference).tolist()
+    ours, theirs = torch.cat(scores), torch.tensor(state["reference_scores"])
+    columns = {"score": scores, "kl": kls, "length": lengths, "eos_rate": finished, "gold": gold}
+    means = {f"eval/{name}": float(torch.cat(values).mean()) for name, values in columns.items() if values}
+    weights = [len(part) for part in scores]
+    for name in parts[0]:
+        mean = sum(part[name] * weight for part, weight in zip(parts, weights)) / sum(weights)
+        means[f"eval/{name}"] = mean
+    return means | {"eval/win_rate": float(((ours > theirs).float() + 0.5 * (ours == theirs).float()).mean())}
+
+
+def response_kl(policy: LanguageModel, reference: LanguageModel, rollout: Rollout, config: PPOConfig) -> Tensor:  # (B,)
+    """log p - log ref of each response."""
+    batch = rollout.sequences
+    kl = torch.zeros(len(batch), device=batch.ids.device)
+    for rows in batch.micro_batches(config.per_device_train_batch_size, config.micro_batch_tokens, policy.packed):
+        part = batch.rows(rows)
+        ours, theirs = (token_logprobs(model, part, config.temperature)[0] for model in (policy, reference))
+        kl[rows.to(kl.device)] = part.unpack(ours - theirs).sum(1)
+    return kl
+
+
+def _of_responses(reward: Reward, rollout: Rollout) -> Tensor:  # (B,)
+    scores = reward.score(rollout)
+    return scores if scores.dim() == 1 else scores.sum(1)

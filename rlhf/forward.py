@@ -1,0 +1,110 @@
+"""The forward passes that everything uses, in sampling's scoring and in training alike.
+
+Sequences run packed, without padding, where the model allows it; else padded on the right, where no token of a causal
+model looks. Either way what follows the trunk works on response tokens alone, (n,) of them, row after row.
+"""
+
+from __future__ import annotations
+
+import inspect
+
+import torch
+from torch import Tensor, nn
+
+import rlhf_kernels
+from rlhf.attention import Segments, packed_inputs
+from rlhf.model import LanguageModel, Scorer, ValueHead
+from rlhf.types import SequenceBatch
+
+
+def response_hidden(model: LanguageModel, batch: SequenceBatch) -> Tensor:  # (n, H)
+    """The last hidden states from which each response token is predicted."""
+    with model.autocast():
+        hidden = model.head.hidden(**_inputs(model, batch))
+    return _counted(model, hidden, batch)[batch.predictors]
+
+
+def token_logprobs(
+    model: LanguageModel,
+    batch: SequenceBatch,
+    temperature: float = 1.0,
+    *,
+    hidden: Tensor | None = None,  # response_hidden, where it is known
+    entropy: bool = False,
+) -> tuple[Tensor, Tensor | None]:  # (n,) log-probabilities and entropies in nats
+    """The log-probability of every response token, in sampling and in training alike (in bfloat16 on a CPU sampling
+    rounds logits, training does not)."""
+    options = {"temperature": temperature, "return_entropy": entropy}
+    if not model.head.fused:
+        found = rlhf_kernels.token_logprobs(_logits(model, batch), batch.response_ids, **options)
+    else:
+        hidden = response_hidden(model, batch) if hidden is None else hidden
+        with model.autocast():
+            found = rlhf_kernels.linear_token_logprobs(
+                hidden, token_ids=batch.response_ids, **options, **model.head_options()
+            )
+    return found if entropy else (found, None)
+
+
+def response_logprobs(
+    model: LanguageModel,
+    batch: SequenceBatch,
+    temperature: float = 1.0,
+) -> tuple[Tensor, Tensor]:  # (B, R) log-probabilities and entropies in nats, 0 beyond a response
+    logprobs, entropy = token_logprobs(model, batch, temperature, entropy=True)
+    return batch.unpack(logprobs), batch.unpack(entropy)
+
+
+def _logits(model: LanguageModel, batch: SequenceBatch) -> Tensor:  # (n, V)
+    """Of the ids that the tokenizer knows; formed for response tokens alone where the model can leave out others."""
+    inputs, wanted = _inputs(model, batch), batch.predictors
+    keeps = model.packed and "logits_to_keep" in inspect.signature(model.module.forward).parameters
+    with model.autocast():
+        logits = model.module(**inputs, **({"logits_to_keep": wanted} if keeps else {})).logits
+    logits = logits[0] if keeps else _counted(model, logits, batch)[wanted]
+    return logits[:, : model.vocab_size]
+
+
+def token_values(
+    model: Scorer | ValueHead,
+    batch: SequenceBatch,
+    policy_hidden: Tensor | None = None,  # (n, H), which a ValueHead reads
+) -> Tensor:  # (n,) float32, before each response token
+    if isinstance(model, ValueHead):
+        hidden = response_hidden(model.policy, batch) if policy_hidden is None else policy_hidden
+        return model.module(hidden.float())[:, 0]
+    return token_scores(model, batch)[batch.predictors]
+
+
+def response_values(model: Scorer, batch: SequenceBatch) -> Tensor:  # (B, R), before each response token
+    return batch.unpack(token_values(model, batch))
+
+
+def sequence_scores(model: Scorer, batch: SequenceBatch) -> Tensor:  # (B,), at the last token by length
+    return token_scores(model, batch)[batch.last_tokens]
+
+
+def token_scores(model: Scorer, batch: SequenceBatch) -> Tensor:  # (N,) float32
+    """The head at every token, less the configuration's reward_mean, over its reward_std. The head runs in float32."""
+    with model.autocast():
+        hidden = model.module.base_model(**_inputs(model, batch, model.module.base_model)).last_hidden_state
+    config, head = model.module.config, model.module.score
+    hidden = _counted(model, hidden, batch).float()
+    raw = torch.nn.functional.linear(hidden, head.weight.float(), None if head.bias is None else head.bias.float())
+    return (raw[:, 0] - getattr(config, "reward_mean", 0.0)) / getattr(config, "reward_std", 1.0)
+
+
+def _inputs(model: LanguageModel | Scorer, batch: SequenceBatch, module: nn.Module | None = None) -> dict:
+    if model.packed:
+        segments = Segments.of(batch.lengths, batch.ids.device)
+        return packed_inputs(batch.ids.flatten()[batch.tokens], batch.positions, segments)
+    # No attention mask: without one attention skips what lies above the diagonal.
+    inputs = {"input_ids": batch.ids, "use_cache": False}
+    if "position_ids" in inspect.signature((module or model.module).forward).parameters:
+        inputs["position_ids"] = torch.arange(batch.ids.shape[1], device=batch.ids.device).expand_as(batch.ids)
+    return inputs
+
+
+def _counted(model: LanguageModel | Scorer, per_token: Tensor, batch: SequenceBatch) -> Tensor:
+    """(1, N, ...) packed or (B, T, ...) padded to (N, ...)."""
+    return per_token[0] if model.packed else per_token.flatten(0, 1)[batch.tokens]
