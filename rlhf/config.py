@@ -133,6 +133,8 @@ class GenerateConfig(RunConfig):
 class DemoConfig(RunConfig):
     output_dir: str = "demo"
     """Directory of the run's data, models, metrics and curve.png."""
+    study: bool = False
+    """Over-optimisation at four KL penalties, best-of-n and DPO in one picture, and a run of each variant in a table."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -167,7 +167,7 @@ class Run:
 
     def warn(self, lines: list[str]) -> None:
         for line in lines:
-            say(f"warning: {line}")
+            say(line)
 
     def samples(self, step: int, rows: list[dict]) -> None:
         write_samples(self.folder, [{"step": step + 1, **row} for row in rows])

@@ -179,8 +179,10 @@ def value_on_trunk(policy: LanguageModel) -> Scorer:
     """A scorer that shares the policy's trunk; its head is zero."""
     from transformers import AutoModelForSequenceClassification
 
+    config = copy.deepcopy(policy.module.config)
+    config.num_labels = 1
     with torch.device("meta"):
-        module = AutoModelForSequenceClassification.from_config(policy.module.config, num_labels=1)
+        module = AutoModelForSequenceClassification.from_config(config)
     setattr(module, module.base_model_prefix, shared_copy(policy.module.base_model))
     module.score = nn.Linear(module.score.in_features, 1, bias=False, device=policy.device)
     nn.init.zeros_(module.score.weight)
