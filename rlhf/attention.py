@@ -43,6 +43,29 @@ def packed_inputs(
     return inputs | {"segments": segments}
 
 
+def prefill_inputs(
+    ids: Tensor,  # (B, W), padded on the left
+    padding: Tensor,  # (B,) of each row
+) -> dict[str, Tensor]:
+    """Arguments of the forward that fills a cache. Each token sees what is before it in its row, and padding itself, so
+    that nothing is NaN."""
+    at = torch.arange(ids.shape[1], device=ids.device)
+    mask = (at[:, None] >= at) & (at >= padding[:, None, None]) | (at[:, None] == at)
+    positions = (at - padding[:, None]).clamp(min=0)
+    return {"input_ids": ids, "position_ids": positions, "attention_mask": mask[:, None]}
+
+
+def decode_inputs(
+    token: Tensor,  # (B,)
+    padding: Tensor,  # (B,)
+    slot: int,  # tokens in the cache, padding included
+) -> dict[str, Tensor]:
+    """Arguments of the forward of one more token."""
+    seen = torch.arange(slot + 1, device=token.device) >= padding[:, None]
+    position = (slot - padding)[:, None]
+    return {"input_ids": token[:, None], "position_ids": position, "attention_mask": seen[:, None, None]}
+
+
 def enable_packing(module: nn.Module) -> str | None:
     """Makes a transformers model take packed inputs, and returns None; or leaves it as it was, and returns why."""
     from transformers import AttentionInterface
@@ -67,7 +90,9 @@ def enable_packing(module: nn.Module) -> str | None:
 
 
 def _difference(module: nn.Module) -> str | None:
-    """Whether hidden states of packed segments are those of the segments alone."""
+    """Whether hidden states of packed segments, and of a row that is continued over a cache, are those of each alone."""
+    from transformers import DynamicCache
+
     trunk, embedding = module.base_model, module.get_input_embeddings()
     device = embedding.weight.device
     lengths = torch.tensor(PROBE)
@@ -75,8 +100,17 @@ def _difference(module: nn.Module) -> str | None:
     positions = torch.cat([torch.arange(n, device=device) for n in PROBE])
     packed = trunk(**packed_inputs(ids, positions, Segments.of(lengths, device))).last_hidden_state[0]
     alone = [trunk(input_ids=part[None], use_cache=False).last_hidden_state[0] for part in ids.split(PROBE)]
-    expected = torch.cat(alone)
-    error = float((packed - expected).abs().max() / expected.abs().max())
+
+    first, second = ids.split(PROBE)[:2]  # 3 tokens and 6: all but the last fill a cache, padded to 5
+    padding, cache = torch.tensor([3, 0], device=device), DynamicCache()
+    rows = torch.stack([torch.cat([first[:1].expand(3), first[:-1]]), second[:-1]])
+    trunk(**prefill_inputs(rows, padding), past_key_values=cache, use_cache=True)
+    last = decode_inputs(torch.stack([first[-1], second[-1]]), padding, 5)
+    continued = trunk(**last, past_key_values=cache, use_cache=True).last_hidden_state[:, 0]
+
+    found = torch.cat([packed, continued])
+    expected = torch.cat([*alone, alone[0][-1:], alone[1][-1:]])
+    error = float((found - expected).abs().max() / expected.abs().max())
     allowed = max(1e-4, 8 * torch.finfo(packed.dtype).eps)
     return None if error <= allowed else f"packed and unpacked hidden states differ by {error:.1e} of the largest"
 
@@ -96,6 +130,8 @@ def attend(
     if segments is None:
         from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
+        if attention_mask is not None and sliding_window and key.shape[2] > sliding_window:
+            attention_mask = attention_mask & _window(query.shape[2], key.shape[2], sliding_window, key.device)
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, scaling=scaling, sliding_window=sliding_window, **options
         )
@@ -113,10 +149,15 @@ def _sdpa_segments(query, key, value, segments, scaling, window) -> Tensor:
     for q, k, v in zip(*(x.split(segments.lengths, 2) for x in (query, key, value))):
         mask = None
         if window and q.shape[2] > window:
-            at = torch.arange(q.shape[2], device=q.device)
-            mask = (at[:, None] >= at) & (at[:, None] - at < window)
+            mask = _window(q.shape[2], q.shape[2], window, q.device)
         outputs.append(scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None, scale=scaling))
     return torch.cat(outputs, 2).transpose(1, 2).contiguous()
+
+
+def _window(queries: int, keys: int, window: int, device: torch.device) -> Tensor:  # (queries, keys) bool
+    """The last queries of the keys; each sees itself and the window - 1 keys before it."""
+    distance = torch.arange(keys - queries, keys, device=device)[:, None] - torch.arange(keys, device=device)
+    return (distance >= 0) & (distance < window)
 
 
 @cache

@@ -17,7 +17,7 @@ from rlhf.forward import response_logprobs
 from rlhf.layout import Models
 from rlhf.losses import ppo_losses
 from rlhf.model import LanguageModel, load_language_model
-from rlhf.rollout import _Draw
+from rlhf.rollout import draw
 from rlhf.types import pad_sequences
 from rlhf_kernels import LMHead, PPOLossOptions, PPOStats, ppo_loss
 from rlhf_kernels.lm_head import TOKENS
@@ -210,7 +210,8 @@ def _scores(rows: int, temperature: float = 1.0):
 
 
 def _drawn(scores, temperature=1.0):
-    return _Draw(temperature, len(PROBABILITIES))(None, scores).argmax(-1)
+    uniform = torch.rand(len(scores), 1, dtype=torch.float64)
+    return draw(scores, temperature, len(PROBABILITIES), uniform)[0]
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.5, 3.0])
@@ -230,12 +231,6 @@ def test_frequencies_follow_the_probabilities(temperature):
 def test_the_smallest_and_largest_random_numbers_draw_no_impossible_token(monkeypatch, number, token):
     monkeypatch.setattr(torch, "rand", lambda *size, **options: torch.full(size, number, **options))
     assert _drawn(_scores(3)).tolist() == [token] * 3
-
-
-def test_a_draw_leaves_one_token_of_each_row():
-    scores = torch.randn(50, len(PROBABILITIES) + 2)
-    left = _Draw(1.0, len(PROBABILITIES))(None, scores)
-    assert left.shape == (50, len(PROBABILITIES)) and torch.equal(left.exp().sum(-1), torch.ones(50))
 
 
 def test_temperature_0_takes_the_likeliest_known_token():

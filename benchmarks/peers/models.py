@@ -1,7 +1,7 @@
 """`python -m benchmarks.peers.models FOLDER`: the models and prompts that both trainers read, by FOLDER/settings.json.
 
-Every response has its full length in both: the pad and EOS ids stand behind the vocabulary of the models, so neither is
-ever sampled.
+Every response has the length that the settings give it in both: the pad id stands behind the vocabulary of the models,
+and the last word ends a response where, and only where, the benchmark puts it.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def write(folder: Path) -> None:
         tokenizer(vocab).save_pretrained(folder / name)
     rng = random.Random(0)
     texts = [
-        " ".join(f"w{rng.randrange(vocab)}" for _ in range(settings["prompt_length"]))
+        " ".join(f"w{rng.randrange(vocab - 1)}" for _ in range(settings["prompt_length"]))
         for _ in range(settings["prompts"])
     ]
     (folder / "prompts.jsonl").write_text("".join(json.dumps({"prompt": t}) + "\n" for t in texts), encoding="utf-8")
@@ -51,7 +51,12 @@ def tokenizer(vocab: int):
 
     words = Tokenizer(models.WordLevel({f"w{i}": i for i in range(vocab)}, unk_token="w0"))
     words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    return PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<|pad|>", eos_token="<|eos|>")
+    return PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<|pad|>", eos_token=f"w{vocab - 1}")
+
+
+def end(rows: list[list[int]], lengths: list[int], eos: int) -> list[list[int]]:
+    """Sampled rows with the EOS id as their token number `length` and nowhere before it."""
+    return [[*(min(i, eos - 1) for i in row[: n - 1]), eos, *row[n:]] for row, n in zip(rows, lengths)]
 
 
 if __name__ == "__main__":

@@ -1,12 +1,12 @@
-"""`python -m benchmarks.peers.ppo_step [--vocab 32000|512] [--json FILE]`: seconds and memory of a whole PPO step.
+"""`python -m benchmarks.peers.ppo_step [--vocab 32000|512] [--ragged] [--json FILE]`: seconds and memory of a whole PPO step.
 
 This trainer and TRL's PPOTrainer (`make peers`) do the same work, one after the other, each in a process of its own:
-64 prompts of 16 tokens, 48 new tokens each, 4 epochs of one minibatch, a Llama of width 128 and 4 layers as policy,
+64 prompts of 16 tokens, 48 new tokens each (--ragged: 4 to 48, drawn uniformly), 4 epochs of one minibatch, a Llama of width 128 and 4 layers as policy,
 value, reference and reward model, float32 on the CPU. A step is rollout, scoring and updates; the first is left out.
 Memory is the process's peak (ru_maxrss) over what it held when its models were built. The seconds are those of an idle
 machine: beside other programs (`load_average` far above the threads) neither they nor their ratio can be trusted.
 
-That both did the work is checked, too: 64 * 48 tokens a step, and in the first step entropies (of the sampled tokens,
+That both did the work is checked, too: the tokens of a step, and in the first step entropies (of the sampled tokens,
 summed over a response) which agree, as they would not with another vocabulary, length or mask.
 """
 
@@ -16,6 +16,7 @@ import argparse
 import json
 import os
 import platform
+import random
 import statistics
 import subprocess
 import sys
@@ -40,6 +41,7 @@ ENTROPY_TOLERANCE = 0.01  # of the value; samples of two trainers were up to 0.2
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--vocab", type=int, default=32000, help="entries of the vocabulary")
+    parser.add_argument("--ragged", action="store_true", help="responses of 4 to 48 tokens")
     parser.add_argument("--steps", type=int, default=3, help="timed steps, after one that is not")
     parser.add_argument("--threads", type=int, default=2, help="of both")
     parser.add_argument("--json", type=Path, help="file for the figures")
@@ -47,6 +49,12 @@ def main() -> None:
     if not TRL_PYTHON.exists():
         parser.error(f"{TRL_PYTHON} is not there: run `make peers`")
     settings = SETTINGS | {"vocab": arguments.vocab, "steps": arguments.steps + 1, "threads": arguments.threads}
+    rng, longest = random.Random(0), SETTINGS["response_length"]
+    settings["ragged"] = arguments.ragged
+    settings["lengths"] = [
+        [rng.randint(4, longest) if arguments.ragged else longest for _ in range(SETTINGS["prompts"])]
+        for _ in range(settings["steps"] + 1)  # TRL samples once more than it steps
+    ]
     with tempfile.TemporaryDirectory() as name:
         report = compare(Path(name), settings)
     show(report)
@@ -86,7 +94,7 @@ def summary(row: dict) -> dict:
 
 def check(results: dict, settings: dict) -> None:
     """Both did the work that is compared."""
-    tokens = [settings["prompts"] * settings["response_length"]] * settings["steps"]
+    tokens = [sum(lengths) for lengths in settings["lengths"][: settings["steps"]]]
     for name, row in results.items():
         if row["response_tokens"] != tokens or len(row["seconds"]) != settings["steps"]:
             raise SystemExit(f"{name}: expected {tokens} tokens in the steps, got {row['response_tokens']}")
@@ -111,7 +119,9 @@ def machine() -> dict:
 
 def show(report: dict) -> None:
     settings, results, ratios = report["settings"], report["results"], report["trl_over_rlhf"]
-    print(f"one PPO step, vocabulary {settings['vocab']:,}, {settings['threads']} threads, {report['machine']['cpu']}")
+    lengths = "4 to 48" if settings["ragged"] else "48"
+    print(f"one PPO step, vocabulary {settings['vocab']:,}, {lengths} new tokens, ", end="")
+    print(f"{settings['threads']} threads, {report['machine']['cpu']}")
     print(f"{'':28}{'rlhf':>12}{'trl ' + report['machine']['trl']['trl']:>12}{'trl / rlhf':>12}")
     for key, (label, unit, digits) in MEASURES.items():
         values = "".join(f"{results[name][key] / unit:12.{digits}f}" for name in ("rlhf", "trl"))

@@ -12,7 +12,8 @@ from pathlib import Path
 
 import torch
 
-from rlhf import ppo
+from benchmarks.peers.models import end
+from rlhf import ppo, rollout
 from rlhf.config import PPOConfig
 
 
@@ -31,6 +32,7 @@ def main(folder: Path, result: Path) -> None:
         num_ppo_epochs=settings["epochs"],
         temperature=settings["temperature"],
         missing_eos_penalty=None,
+        report_to="none",
         sample_steps=0,
         device="cpu",
         dtype="float32",
@@ -51,6 +53,9 @@ def main(folder: Path, result: Path) -> None:
         entropy.append(metrics["objective/entropy"])
         responses.append(metrics["tokens"])
 
+    read, steps = rollout.read, iter(settings["lengths"])
+    eos = settings["vocab"] - 1
+    rollout.read = lambda model, prompts, new_ids: read(model, prompts, end(new_ids, next(steps), eos))
     ppo.load_models = load_and_weigh
     ppo.train(config, on_step)
     seconds, cpu_seconds = ([b - a for a, b in itertools.pairwise(column)] for column in zip(*times))

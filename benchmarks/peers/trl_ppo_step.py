@@ -35,13 +35,22 @@ class Watch(TrainerCallback):
             self.entropy.append(logs["objective/entropy"])
 
 
-def count_responses(found):
-    """Notes the tokens of each rollout: `batch_generation` is where PPOTrainer samples."""
+def end(rows, lengths, eos):
+    """benchmarks/peers/models.py has the same."""
+    return [[*(min(i, eos - 1) for i in row[: n - 1]), eos, *row[n:]] for row, n in zip(rows, lengths)]
+
+
+def end_responses(found, settings):
+    """Gives each rollout its lengths and notes its tokens: `batch_generation` is where PPOTrainer samples."""
+    steps, eos = iter(settings["lengths"]), settings["vocab"] - 1
     generate = ppo_trainer.batch_generation
 
     def counted(model, queries, size, pad_token_id, generation_config):
         sequences, logits = generate(model, queries, size, pad_token_id, generation_config)
-        found.append(int((sequences[:, queries.shape[1] :] != pad_token_id).sum()))
+        lengths, width = next(steps), queries.shape[1]
+        ended = end(sequences[:, width:].tolist(), lengths, eos)
+        sequences = torch.cat([sequences[:, :width], torch.tensor(ended)], 1)
+        found.append(sum(lengths))
         return sequences, logits
 
     ppo_trainer.batch_generation = counted
@@ -61,6 +70,7 @@ def main(folder, result):
         num_ppo_epochs=settings["epochs"],
         temperature=settings["temperature"],
         num_sample_generations=0,
+        stop_token="eos",
         gradient_checkpointing=False,
         use_cpu=True,
         bf16=False,
@@ -71,7 +81,7 @@ def main(folder, result):
     tokenizer = AutoTokenizer.from_pretrained(folder / "policy", padding_side="left")
     rows = [json.loads(line) for line in (folder / "prompts.jsonl").read_text(encoding="utf-8").splitlines()]
     watch, responses = Watch(), []
-    count_responses(responses)
+    end_responses(responses, settings)
     policy, reference = (AutoModelForCausalLM.from_pretrained(folder / "policy") for _ in range(2))
     reward, value = (AutoModelForSequenceClassification.from_pretrained(folder / "reward") for _ in range(2))
     trainer = PPOTrainer(
