@@ -13,7 +13,7 @@ NATIVE = (".cpp", ".cu", ".h", ".cuh")
 # Each file of the trainer imports only from files above it.
 TRAINER = (
     "config_base", "config_ppo", "config", "types", "data", "model", "rollout", "reward", "advantages", "losses",
-    "optim", "checkpoint", "track", "log", "sft", "reward_model", "ppo", "init", "generate", "env", "task",
+    "optim", "checkpoint", "track", "log", "watch", "sft", "reward_model", "ppo", "init", "generate", "env", "task",
     "demo", "cli", "__main__",
 )  # fmt: skip
 
