@@ -34,6 +34,7 @@ from rlhf.checkpoint import (
 from rlhf.config import RunConfig, TrainConfig, UsageError
 from rlhf.data import Dataset
 from rlhf.model import LanguageModel, Scorer, choose_device, save
+from rlhf.track import open_tracker
 from rlhf.types import TrainResult
 
 LOGS = ("metrics.jsonl", "samples.jsonl")  # rows with their step
@@ -103,21 +104,22 @@ class Run:
     def __enter__(self) -> Run:
         from tqdm import tqdm
 
+        self._tracker = open_tracker(self.config, self.folder, self.completed)
         self.stop.__enter__()
         self._metrics_file = (self.folder / "metrics.jsonl").open("a", encoding="utf-8")
         self._bar = tqdm(total=self.total, initial=self.completed, disable=None, desc=self.folder.name)
-        self._tracker = _tensorboard(self.folder) if self.config.report_to == "tensorboard" else None
         return self
 
     def __exit__(self, kind, error, trace) -> None:
         self._bar.close()
         self._metrics_file.close()
-        if self._tracker:
-            self._tracker.close()
         self.stop.__exit__()
-        if kind is Stopped:
-            say(f"stopped by SIGTERM; saved {self.save()}")
-            raise SystemExit(143)
+        try:
+            if kind is Stopped:
+                say(f"stopped by SIGTERM; saved {self.save()}")
+                raise SystemExit(143)
+        finally:  # after the checkpoint: it may wait for a network
+            self._tracker.close()
 
     def poll(self) -> None:
         self.stop.poll()
@@ -139,9 +141,7 @@ class Run:
         shown = {name: value if math.isfinite(value) else None for name, value in metrics.items()}
         self._metrics_file.write(json.dumps({"step": step + 1, **shown}) + "\n")
         self._metrics_file.flush()
-        for name, value in metrics.items():
-            if self._tracker:
-                self._tracker.add_scalar(name, value, step + 1)
+        self._tracker.log(step + 1, shown)
         self._bar.update()
         if self.config.save_steps and (step + 1) % self.config.save_steps == 0:
             self.save()
@@ -171,6 +171,7 @@ class Run:
 
     def samples(self, step: int, rows: list[dict]) -> None:
         write_samples(self.folder, [{"step": step + 1, **row} for row in rows])
+        self._tracker.samples(step + 1, rows)
         show_table(f"step {step + 1}", rows[:4])
 
     def result(self, model: LanguageModel | Scorer) -> TrainResult:
@@ -246,14 +247,6 @@ def _keep_until(path: Path, step: int) -> None:
         temporary = path.with_suffix(".tmp")
         temporary.write_bytes(b"".join(kept))
         os.replace(temporary, path)
-
-
-def _tensorboard(folder: Path):
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError as error:
-        raise UsageError("report_to: tensorboard is not installed: pip install tensorboard") from error
-    return SummaryWriter(str(folder))
 
 
 def _peak_memory() -> float:

@@ -50,7 +50,7 @@ def train(
     with Run(config, models.modules, optimizer, data, total) as run:
         kl = KLController(run.state.get("kl_coef", config.kl_coef), config.kl_target, config.kl_horizon)
         guard = StepGuard(optimizer, list(models.modules.values()), config.max_grad_norm, run.state)
-        watch, moments = Watch(config, run.state.setdefault("watch", {})), run.state.setdefault("reward_moments", {})
+        watch, moments = Watch(config, run.state), run.state.setdefault("reward_moments", {})
         for step in run.steps():
             run.poll()
             clock = Clock()

@@ -28,7 +28,9 @@ from torch import Tensor
 from rlhf.config import PPOConfig
 
 FIRST_STEPS = 3  # whose mean is what later values are compared with
-DECAY = 0.8  # of the exponential means: about the last five steps
+# Of the exponential means: about the last MEAN_STEPS steps, and none before. Where gold is noise, 6 of 100 runs of 100
+# steps warn of a drop with batches of 8 and none with 16; with a decay of 0.8 they are 55 and 4.
+DECAY, MEAN_STEPS = 0.9, 10
 PAUSE = 10  # steps before a warning is repeated
 
 
@@ -70,8 +72,6 @@ def correlation(
     y: Tensor,  # (B,) float64
 ) -> float:
     """Pearson's; 0 where either is constant or not finite."""
-    if bool((x == x[0]).all()) or bool((y == y[0]).all()):  # the mean of equal numbers may be off by a rounding
-        return 0.0
     x, y = x - x.mean(), y - y.mean()
     value = float((x / x.norm()) @ (y / y.norm()))
     return min(max(value, -1.0), 1.0) if math.isfinite(value) else 0.0
@@ -191,10 +191,10 @@ class Watch:
         return None
 
     def _mean(self, name: str, value: float | None) -> float | None:
-        """The exponential mean of a signal, from its FIRST_STEPS-th value on; None at a step that has no value."""
+        """The exponential mean of a signal, from its MEAN_STEPS-th value on; None at a step that has no value."""
         if value is None:
             return None
         total, count = self.memory["means"].get(name, (0.0, 0))
         total, count = DECAY * total + value, count + 1
         self.memory["means"][name] = [total, count]
-        return total * (1 - DECAY) / (1 - DECAY**count) if count >= FIRST_STEPS else None
+        return total * (1 - DECAY) / (1 - DECAY**count) if count >= MEAN_STEPS else None

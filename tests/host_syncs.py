@@ -1,7 +1,8 @@
 """Counts where the host waits for the device, on a machine that has none: a mode plays the device.
 
 A tensor is on the device if it was sent there (`.to(device)`, which copies here so that the host keeps its own), was
-made there (`device=`), is a model's weight, or was computed from such a tensor. Reading one of these on the host counts.
+made there (`device=`), is a model's weight, or was computed from such a tensor. Reading one of these on the host
+counts.
 """
 
 from __future__ import annotations
@@ -54,9 +55,8 @@ class CountSyncs(TorchFunctionMode):
         if (there and func in READS) or masked or by_value:
             self._count()
         out = func(*args, **kwargs)
-        read = func in (Tensor.cpu, Tensor.numpy) or (
-            func is Tensor.to and "cpu" in map(str, (*args[1:], *kwargs.values()))
-        )
-        if (there and not read) or kwargs.get("device") is not None:
+        if func is Tensor.cpu:
+            return out.clone()  # the host's own
+        if there or kwargs.get("device") is not None:
             self._put(out)
         return out

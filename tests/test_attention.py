@@ -26,9 +26,10 @@ SIZES = {
     "max_position_embeddings": 64, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
 }  # fmt: skip
 GROUPED = {"num_key_value_heads": 2, "head_dim": 8}
+LAYERS = ["sliding_attention", "full_attention"]
 KINDS = {
     "llama": GROUPED, "mistral": GROUPED | {"sliding_window": 5}, "qwen2": GROUPED, "qwen3": GROUPED,
-    "gemma": GROUPED, "gemma3_text": GROUPED | {"sliding_window": 4, "layer_types": ["sliding_attention", "full_attention"]},
+    "gemma": GROUPED, "gemma3_text": GROUPED | {"sliding_window": 4, "layer_types": LAYERS},
     "phi3": GROUPED, "granite": GROUPED, "cohere": {"num_key_value_heads": 2}, "gpt2": {}, "gpt_neox": {},
     "opt": {"ffn_dim": 48, "word_embed_proj_dim": 32},
 }  # fmt: skip
