@@ -90,7 +90,7 @@ def enable_packing(module: nn.Module) -> str | None:
 
 
 def _difference(module: nn.Module) -> str | None:
-    """Whether hidden states of packed segments, and of a row that is continued over a cache, are those of each alone."""
+    """Whether hidden states of packed segments, and of a row continued over a cache, are those of each alone."""
     from transformers import DynamicCache
 
     trunk, embedding = module.base_model, module.get_input_embeddings()

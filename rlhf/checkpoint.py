@@ -114,7 +114,11 @@ def problem_with(path: Path) -> str | None:
 
 
 def identity_of(config: TrainConfig, dataset_fingerprint: str) -> dict:
-    kept = {name: value for name, value in asdict(config).items() if name not in FREE_FIELDS}
+    kept = {
+        name: value
+        for name, value in asdict(config).items()
+        if name not in FREE_FIELDS and not name.startswith("warn_")
+    }
     return kept | {"dataset": dataset_fingerprint}
 
 

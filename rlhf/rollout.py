@@ -14,7 +14,6 @@ from rlhf.attention import decode_inputs, prefill_inputs
 from rlhf.model import LanguageModel, ModelError
 from rlhf.types import PromptBatch, Rollout, pad_sequences
 
-
 CHECK = 8  # tokens between looks at which responses have ended
 
 
@@ -76,8 +75,8 @@ def _sample(
     seed: int,
     should_stop: Callable[[], bool],
 ) -> Tensor:  # (B, new tokens)
-    """Token by token over the model's own cache. Every CHECK tokens the host learns which rows have ended, and rows that
-    have leave the batch once they are a quarter of it: responses of different lengths cost what their tokens cost."""
+    """Token by token over the model's own cache. Every CHECK tokens the host learns which rows have ended, and those
+    leave the batch once they are a quarter of it: responses of different lengths cost what their tokens cost."""
     from transformers import DynamicCache
 
     count, width, device = *ids.shape, ids.device
