@@ -114,11 +114,8 @@ def problem_with(path: Path) -> str | None:
 
 
 def identity_of(config: TrainConfig, dataset_fingerprint: str) -> dict:
-    kept = {
-        name: value
-        for name, value in asdict(config).items()
-        if name not in FREE_FIELDS and not name.startswith("warn_")
-    }
+    free = FREE_FIELDS | {name for name in asdict(config) if name.startswith("warn_")}
+    kept = {name: value for name, value in asdict(config).items() if name not in free}
     return kept | {"dataset": dataset_fingerprint}
 
 

@@ -1,10 +1,11 @@
-"""`python -m benchmarks.peers.ppo_step [--vocab 32000|512] [--ragged] [--json FILE]`: seconds and memory of a whole PPO step.
+"""`python -m benchmarks.peers.ppo_step [--vocab N] [--ragged] [--json FILE]`: seconds and memory of a whole PPO step.
 
 This trainer and TRL's PPOTrainer (`make peers`) do the same work, one after the other, each in a process of its own:
-64 prompts of 16 tokens, 48 new tokens each (--ragged: 4 to 48, drawn uniformly), 4 epochs of one minibatch, a Llama of width 128 and 4 layers as policy,
-value, reference and reward model, float32 on the CPU. A step is rollout, scoring and updates; the first is left out.
-Memory is the process's peak (ru_maxrss) over what it held when its models were built. The seconds are those of an idle
-machine: beside other programs (`load_average` far above the threads) neither they nor their ratio can be trusted.
+64 prompts of 16 tokens, 48 new tokens each (--ragged: responses of 4 to 48, drawn uniformly), 4 epochs of one
+minibatch, a Llama of width 128 and 4 layers as policy, value, reference and reward model, float32 on the CPU. A step is
+rollout, scoring and updates; the first is left out. Memory is the process's peak (ru_maxrss) over what it held when its
+models were built. The seconds are those of an idle machine: beside other programs (`load_average` far above the
+threads) neither they nor their ratio can be trusted.
 
 That both did the work is checked, too: the tokens of a step, and in the first step entropies (of the sampled tokens,
 summed over a response) which agree, as they would not with another vocabulary, length or mask.
