@@ -24,6 +24,7 @@ from .ops.ppo_loss import PPOLossOptions, ppo_loss
 from .ops.sequence_logprobs import sequence_logprobs
 from .ops.token_kl import token_kl
 from .ops.token_logprobs import token_logprobs
+from .optim import AdamWBF16
 from .packing import pack_sequences, plan_microbatches
 from .stats import DPOStats, PPOStats
 
@@ -32,7 +33,7 @@ __version__ = "0.1.0"
 load_kernels()
 
 __all__ = [
-    "AdvantageOptions", "Backends", "Chunking", "DPOOptions", "DPOStats", "LMHead", "PPOAdvantages",
+    "AdamWBF16", "AdvantageOptions", "Backends", "Chunking", "DPOOptions", "DPOStats", "LMHead", "PPOAdvantages",
     "PPOLossOptions", "PPOStats", "adamw_bf16_", "backend", "backends", "dpo_loss", "gae", "group_advantages",
     "linear_dpo_loss", "linear_kl", "linear_ppo_loss", "linear_token_logprobs", "lm_head_of", "logits_kl",
     "masked_whiten", "pack_sequences", "plan_microbatches", "ppo_advantages", "ppo_loss", "sequence_logprobs",

@@ -6,7 +6,7 @@ import torch
 from long_sequences import LAYOUTS, LENGTHS, arguments, check, convert, outputs
 
 import rlhf_kernels
-from rlhf_kernels import adamw_bf16_, gae, masked_whiten, testing, token_logprobs
+from rlhf_kernels import AdamWBF16, adamw_bf16_, gae, masked_whiten, testing, token_logprobs
 from rlhf_kernels._library import OPS
 from rlhf_kernels.ops.adamw_bf16 import random_bits, round_stochastically
 
@@ -191,3 +191,29 @@ def test_adamw_beyond_2_32_elements():
     bits = random_bits(1, torch.full((), 5.0, device="cuda"), 2**32, tail)
     fallen = torch.ones(tail, device="cuda") + (0 - torch.ones(tail, device="cuda")) * (1 - 0.999)
     assert torch.equal(states[1][-tail:], round_stochastically(fallen, bits[1]))
+
+
+def test_adamw_in_a_graph_reads_step_and_found_inf_on_the_device():
+    param = torch.randn(5000, device="cuda").bfloat16().requires_grad_()
+    param.grad = torch.randn(5000, device="cuda").bfloat16()
+    twin = param.detach().clone().requires_grad_()
+    twin.grad = param.grad
+    captured, plain = AdamWBF16([param], lr=1e-3), AdamWBF16([twin], lr=1e-3)
+    captured.found_inf = torch.zeros((), device="cuda")
+    for optimizer in (captured, plain):
+        optimizer.step()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        captured.step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    plain.step()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured.step()
+    for skipped in (0.0, 1.0, 0.0):
+        captured.found_inf.fill_(skipped)
+        graph.replay()
+        if not skipped:
+            plain.step()
+        assert torch.equal(param, twin)

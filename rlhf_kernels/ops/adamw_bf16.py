@@ -218,7 +218,7 @@ def adamw_bf16_(
 
     Not differentiable; autograd is told that the tensors changed. grad is only read. Raises TypeError or ValueError for
     wrong dtypes, shapes, layouts, devices and options; a count below 1 in a tensor raises on the CPU and gives inf or
-    NaN on a GPU.
+    NaN on a GPU. `AdamWBF16` is the optimizer.
     """
     for name, value in (("param", param), ("exp_avg", exp_avg), ("exp_avg_sq", exp_avg_sq)):
         _check_in_place(name, value, param)
