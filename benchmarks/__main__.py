@@ -13,7 +13,7 @@ from pathlib import Path
 FORMAT = 1
 OPS = sorted(path.stem.removeprefix("bench_") for path in Path(__file__).parent.glob("bench_*.py"))
 DTYPES = ("float32", "float64", "bfloat16", "float16")
-PROVIDERS = ("ours", "products", "eager", "compile", "verl", "liger", "trl", "reference", "triton")
+PROVIDERS = ("ours", "products", "eager", "compile", "verl", "liger", "trl", "reference", "triton", "fused_fp32")
 
 
 def parse(argv: list[str]) -> argparse.Namespace:

@@ -2,12 +2,14 @@
 registered op.
 
 In the order of the pipeline: token_logprobs and token_kl from logits, ppo_advantages (gae and masked_whiten) from
-rewards, ppo_loss. `backends()` says which kernel serves each op on this machine, and why the others do not.
+rewards, ppo_loss, adamw_bf16_ on the weights. `backends()` says which kernel serves each op on this machine, and why
+the others do not.
 """
 
 from ._head import Chunking
 from ._library import Backends, backend, backends, load_kernels
 from .lm_head import LMHead, lm_head_of
+from .ops.adamw_bf16 import adamw_bf16_
 from .ops.dpo_loss import DPOOptions, dpo_loss
 from .ops.gae import gae
 from .ops.group_advantages import group_advantages
@@ -22,6 +24,7 @@ from .ops.ppo_loss import PPOLossOptions, ppo_loss
 from .ops.sequence_logprobs import sequence_logprobs
 from .ops.token_kl import token_kl
 from .ops.token_logprobs import token_logprobs
+from .optim import AdamWBF16
 from .packing import pack_sequences, plan_microbatches
 from .stats import DPOStats, PPOStats
 
@@ -30,9 +33,9 @@ __version__ = "0.1.0"
 load_kernels()
 
 __all__ = [
-    "AdvantageOptions", "Backends", "Chunking", "DPOOptions", "DPOStats", "LMHead", "PPOAdvantages",
-    "PPOLossOptions", "PPOStats", "backend", "backends", "dpo_loss", "gae", "group_advantages", "linear_dpo_loss",
-    "linear_kl", "linear_ppo_loss", "linear_token_logprobs", "lm_head_of", "logits_kl", "masked_whiten",
-    "pack_sequences", "plan_microbatches", "ppo_advantages", "ppo_loss", "sequence_logprobs", "token_kl",
-    "token_logprobs",
+    "AdamWBF16", "AdvantageOptions", "Backends", "Chunking", "DPOOptions", "DPOStats", "LMHead", "PPOAdvantages",
+    "PPOLossOptions", "PPOStats", "adamw_bf16_", "backend", "backends", "dpo_loss", "gae", "group_advantages",
+    "linear_dpo_loss", "linear_kl", "linear_ppo_loss", "linear_token_logprobs", "lm_head_of", "logits_kl",
+    "masked_whiten", "pack_sequences", "plan_microbatches", "ppo_advantages", "ppo_loss", "sequence_logprobs",
+    "token_kl", "token_logprobs",
 ]  # fmt: skip

@@ -88,9 +88,15 @@ def one_of(name: str, value: str, options: Sequence[str]) -> int:
 
 
 def number(
-    name: str, value: float, low: float | None = None, high: float | None = None, *, above: float | None = None
+    name: str,
+    value: float,
+    low: float | None = None,
+    high: float | None = None,
+    *,
+    above: float | None = None,
+    below: float | None = None,
 ) -> None:
-    """A finite real number, optionally in [low, high] or strictly above a bound."""
+    """A finite real number, optionally in [low, high], strictly above a bound or strictly below one."""
     if (
         isinstance(value, bool)
         or not isinstance(value, (int, float))
@@ -100,6 +106,8 @@ def number(
         raise ValueError(f"{name}: expected a finite int or float, got {value!r}")
     if above is not None and value <= above:
         raise ValueError(f"{name}: expected a number above {above}, got {value}")
+    if below is not None and value >= below:
+        raise ValueError(f"{name}: expected a number below {below}, got {value}")
     if (low is not None and value < low) or (high is not None and value > high):
         bounds = f">= {low}" if high is None else f"in [{'-inf' if low is None else low}, {high}]"
         raise ValueError(f"{name}: expected a number {bounds}, got {value}")

@@ -52,15 +52,18 @@ def test_json_holds_what_its_page_says(tmp_path):
 
 @pytest.mark.parametrize("bench", BENCHES, ids=OPS)
 def test_every_provider_computes_the_same(bench):
-    for case in bench.cases(CPU, torch.float64, quick=True):
+    rounded = getattr(bench, "RELATIVE_ERROR", None)  # of an op that has no float64 results
+    dtype = torch.bfloat16 if rounded else torch.float64
+    for case in bench.cases(CPU, dtype, quick=True):
         inputs = case.inputs()
         exact = truth(case, inputs)
+        limit = {name: rounded * x.abs().max().item() if rounded else 1e-9 for name, x in exact.items()}
         for name, provider in case.providers.items():
             if name == "compile" or not provider.judged:  # its code is eager's, and compiling takes seconds
                 continue
             with torch.no_grad():
                 errors = max_abs_error(case.comparable(provider.run(**inputs)), exact)
-            assert set(errors) == set(exact) and max(errors.values()) < 1e-9, (name, errors)
+            assert set(errors) == set(exact) and all(errors[k] < limit[k] for k in errors), (name, errors)
             assert all(torch.count_nonzero(x) for x in exact.values())
 
 

@@ -6,8 +6,9 @@ import torch
 from long_sequences import LAYOUTS, LENGTHS, arguments, check, convert, outputs
 
 import rlhf_kernels
-from rlhf_kernels import gae, masked_whiten, testing, token_logprobs
+from rlhf_kernels import AdamWBF16, adamw_bf16_, gae, masked_whiten, testing, token_logprobs
 from rlhf_kernels._library import OPS
+from rlhf_kernels.ops.adamw_bf16 import random_bits, round_stochastically
 
 pytestmark = pytest.mark.gpu
 
@@ -15,7 +16,7 @@ SCANS = ("gae", "masked_whiten", "ppo_advantages", "ppo_loss")
 ROWS = ("token_logprobs", "logits_kl", "linear_token_logprobs", "linear_ppo_loss", "linear_dpo_loss", "linear_kl")
 SMALL = ("token_kl", "sequence_logprobs", "group_advantages", "dpo_loss")
 SCAN_PAIRS = [(op, backend) for op in SCANS for backend in ("triton", "cuda")]
-PAIRS = [*((op, "triton") for op in ROWS), *SCAN_PAIRS]
+PAIRS = [*((op, "triton") for op in (*ROWS, "adamw_bf16_")), *SCAN_PAIRS]
 CASES = [
     *(pytest.param(case, backend, id=f"{backend}-{case}") for op, backend in PAIRS for case in testing.cases(op)),
     *(pytest.param(case, None, id=str(case)) for op in SMALL for case in testing.cases(op)),
@@ -166,3 +167,53 @@ def test_the_device_of_the_inputs(op, on_backend):
     assert torch.cuda.current_device() == 0
     ours = [OPS[op].overload(*convert(args, device, torch.float32)) for device in ("cuda:0", "cuda:1")]
     assert same(ours[0], [x.to("cuda:0") for x in outputs(ours[1])])
+
+
+def test_adamw_draws_the_random_bits_of_the_cpu():
+    """Where decay and update are 0 but for a moment's fall, only the random bits decide: they are the reference's."""
+    n = 2**20 + 3
+    device, host = ([torch.ones(n, dtype=torch.bfloat16, device=d) for _ in range(3)] for d in ("cuda", "cpu"))
+    for p, m, v in (device, host):
+        options = {"lr": 0.0, "beta1": 0.999, "beta2": 0.999, "step": 5, "seed": 2**63 + 11}
+        adamw_bf16_(p, torch.zeros_like(p), m, v, **options)
+    assert all(torch.equal(a.cpu(), b) for a, b in zip(device, host))
+    assert all(0.2 < x.lt(1).float().mean() < 0.3 for x in host[1:])  # 0.001 of a unit of 1/256
+
+
+def test_adamw_beyond_2_32_elements():
+    """The upper half of a position takes part: the tail is rounded with its own bits."""
+    need_memory(40)
+    n, tail = 2**32 + 1000, 1000
+    states = [torch.ones(n, dtype=torch.bfloat16, device="cuda") for _ in range(3)]
+    grad = torch.zeros(1, dtype=torch.bfloat16, device="cuda").expand(n).contiguous()
+    options = {"lr": 0.0, "beta1": 0.999, "beta2": 0.999, "step": 5, "seed": 1}
+    adamw_bf16_(states[0], grad, *states[1:], **options)
+    bits = random_bits(1, torch.full((), 5.0, device="cuda"), 2**32, tail)
+    fallen = torch.ones(tail, device="cuda") + (0 - torch.ones(tail, device="cuda")) * (1 - 0.999)
+    assert torch.equal(states[1][-tail:], round_stochastically(fallen, bits[1]))
+
+
+def test_adamw_in_a_graph_reads_step_and_found_inf_on_the_device():
+    param = torch.randn(5000, device="cuda").bfloat16().requires_grad_()
+    param.grad = torch.randn(5000, device="cuda").bfloat16()
+    twin = param.detach().clone().requires_grad_()
+    twin.grad = param.grad
+    captured, plain = AdamWBF16([param], lr=1e-3), AdamWBF16([twin], lr=1e-3)
+    captured.found_inf = torch.zeros((), device="cuda")
+    for optimizer in (captured, plain):
+        optimizer.step()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        captured.step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    plain.step()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured.step()
+    for skipped in (0.0, 1.0, 0.0):
+        captured.found_inf.fill_(skipped)
+        graph.replay()
+        if not skipped:
+            plain.step()
+        assert torch.equal(param, twin)

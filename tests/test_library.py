@@ -16,6 +16,11 @@ from rlhf_kernels._head import CHUNKED
 OPS = [name for name in _library.OPS if "_backward" not in name]
 
 
+def file_name(op: str) -> str:
+    """Files leave out the underscore that ends the name of an op that works in place."""
+    return op.removesuffix("_")
+
+
 def python(code: str, **environment: str) -> subprocess.CompletedProcess:
     return subprocess.run(
         [sys.executable, "-c", code],
@@ -30,20 +35,21 @@ def python(code: str, **environment: str) -> subprocess.CompletedProcess:
 @pytest.mark.parametrize("op", OPS)
 def test_every_op_is_complete(op):
     """An op has a contract file, a public function with documented shapes, battery cases and a test file."""
-    source = (ROOT / "rlhf_kernels" / "ops" / f"{op}.py").read_text()
+    file = file_name(op)
+    source = (ROOT / "rlhf_kernels" / "ops" / f"{file}.py").read_text()
     body = "chunked" if _library.OPS[op].kernel == CHUNKED else "reference"
-    order = ['"""', "SCHEMA = ", f"def {op}_{body}(", f"{op}_op = define", f"\ndef {op}("]
+    order = ['"""', "SCHEMA = ", f"def {file}_{body}(", f"{file}_op = define", f"\ndef {op}("]
     positions = [source.find(marker) for marker in order]
     assert -1 not in positions and positions == sorted(positions), dict(zip(order, positions))
     assert getattr(rlhf_kernels, op).__doc__
     assert testing.cases(op)
-    assert (ROOT / "tests" / f"test_{op}.py").exists()
+    assert (ROOT / "tests" / f"test_{file}.py").exists()
     assert getattr(torch.ops.rlhf_kernels, op).default is _library.OPS[op].overload
 
 
 @pytest.mark.parametrize("op", [op for op in OPS if "by design" not in _library.OPS[op].kernel])
 def test_every_op_with_kernels_has_a_benchmark(op):
-    assert (ROOT / "benchmarks" / f"bench_{op}.py").exists()
+    assert (ROOT / "benchmarks" / f"bench_{file_name(op)}.py").exists()
 
 
 def test_unknown_backend():

@@ -92,6 +92,15 @@ def _token_launches(dtype) -> list[Launch]:
     return launches
 
 
+def _adamw_launches(grad_dtype, n, scaled) -> list[Launch]:
+    param, grad = torch.zeros(n, dtype=torch.bfloat16), torch.zeros(n, dtype=grad_dtype)
+    one = torch.ones(())
+    with recorded_launches() as launches:
+        scalars = (one, one, one) if scaled else (one, None, None)
+        KERNELS["adamw_bf16_"](param, grad, param, param, *scalars, 3, 1e-3, 0.9, 0.999, 1e-8, 0.1)
+    return launches
+
+
 def _compiled(launches: list[Launch], target: str) -> list[tuple[Launch, object]]:
     distinct: list[Launch] = []
     for launch in launches:
@@ -135,6 +144,31 @@ def test_token_kernels(dtype, target):
         assert not found.scalar_spills or dtype == torch.float64, (launch.name, found)
 
 
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("scaled", [False, True], ids=["plain", "scaled"])
+@pytest.mark.parametrize("grad_dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_adamw_kernel(grad_dtype, scaled, target):
+    """Four tensors in and three out by 16 bytes, of sizes that are no multiple of 16 too, but for the tail. AMD's 64
+    lanes a warp leave 8 bytes a lane."""
+    whole = _compiled(_adamw_launches(grad_dtype, N, scaled), target)
+    odd = _compiled(_adamw_launches(grad_dtype, N + 7, scaled), target)
+    assert len(whole) == 1 and len(odd) == 2 and odd[0][0] == whole[0][0]
+    for launch, found in odd:
+        assert not found.spills and not found.scalar_spills, (launch.name, found)
+    assert target == AMD or (whole[0][1].wide_loads >= 4 and whole[0][1].wide_stores >= 3), whole[0][1]
+
+
+def test_adamw_compiles_once_for_every_seed_and_size():
+    kinds = []
+    for seed in (0, 1, 2**62):
+        for n in (N, 2 * N):
+            with recorded_launches() as launches:
+                x = torch.zeros(n, dtype=torch.bfloat16)
+                KERNELS["adamw_bf16_"](x, x, x, x, torch.ones(()), None, None, seed, 1e-3, 0.9, 0.999, 1e-8, 0.1)
+            kinds += launches
+    assert all(kind == kinds[0] for kind in kinds)
+
+
 def test_every_kernel_is_compiled():
     """A kernel that no launcher above reaches would go unseen."""
     import importlib
@@ -143,7 +177,7 @@ def test_every_kernel_is_compiled():
 
     modules = [
         importlib.import_module(f"rlhf_kernels.triton.{name}")
-        for name in ("token_logprobs", "logits_kl", "gae", "masked_whiten", "ppo_advantages", "ppo_loss")
+        for name in ("token_logprobs", "logits_kl", "gae", "masked_whiten", "ppo_advantages", "ppo_loss", "adamw_bf16")
     ]
     written = {
         (m.__name__, name)
@@ -152,5 +186,6 @@ def test_every_kernel_is_compiled():
         if isinstance(f, JITFunction) and name.endswith("_kernel")
     }
     launches = [*_row_launches(**ROWS["fp64"]), *_divergence_launches(**ROWS["fp64"]), *_token_launches(torch.float32)]
+    launches += _adamw_launches(torch.bfloat16, N, True)
     launched = {(launch.kernel.fn.__module__, launch.name) for launch in launches}
     assert written == launched

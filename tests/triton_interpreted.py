@@ -10,6 +10,7 @@ import torch
 
 import rlhf_kernels
 from rlhf_kernels import gae, logits_kl, masked_whiten, ppo_advantages, ppo_loss, testing, token_logprobs
+from rlhf_kernels.ops.adamw_bf16 import adamw_bf16_reference, mix64, random_bits, signed
 from rlhf_kernels.ops.logits_kl import logits_kl_backward_into_reference, logits_kl_reference
 from rlhf_kernels.ops.token_logprobs import token_logprobs_backward_reference, token_logprobs_reference
 from rlhf_kernels.triton import KERNELS
@@ -43,6 +44,7 @@ QUICK = {
     "linear_ppo_loss": ("everything", "packed_gaps"),
     "linear_dpo_loss": ("sigmoid_gaps", "four_products"),
     "linear_kl": ("reverse", "everything", "everything_forward"),
+    "adamw_bf16_": ("bf16_grad", "scaled_fp32_grad", "first_step", "empty", "scalar", "seven", "aligned"),
 }
 QUICK_CHECKS = ("error_budget", "masked_nan", "poisoned_memory")
 MANY_PROGRAMS = ("many", "large", "blocks")  # a minute for each check: values alone
@@ -261,6 +263,57 @@ def test_counts_run_over_many_blocks():
     torch.testing.assert_close(loss, expected, rtol=1e-5, atol=1e-7)
     torch.testing.assert_close(stats.sums, expected_stats.sums, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(masked_whiten(logprobs, mask), _reference(masked_whiten, logprobs, mask))
+
+
+@pytest.mark.parametrize("seed", [0, 2**63 + 5])
+@pytest.mark.parametrize("grad_dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_adamw_gives_the_bits_of_the_reference(grad_dtype, seed, monkeypatch):
+    """The interpreter fuses nothing: not a bit differs, over several blocks a program and a tail."""
+    module = importlib.import_module("rlhf_kernels.triton.adamw_bf16")
+    monkeypatch.setattr(module, "BLOCK", 256)
+    monkeypatch.setattr(module, "PROGRAMS", 2)
+    param, grad, exp_avg = (torch.randn(1613).mul(0.02).bfloat16() for _ in range(3))
+    grad[5], grad[6], param[7] = float("nan"), float("inf"), -float("inf")
+    scalars = (torch.tensor(999.0), torch.tensor(0.0), torch.tensor(8.0))
+    options = (signed(seed), 1e-3, 0.9, 0.999, 1e-8, 0.01)
+    ours, theirs = ([x.clone() for x in (param, exp_avg, exp_avg.square())] for _ in range(2))
+    for run, (p, m, v) in ((KERNELS["adamw_bf16_"], ours), (adamw_bf16_reference, theirs)):
+        run(p, grad.to(grad_dtype), m, v, *scalars, *options)
+    for a, b in zip(ours, theirs):
+        assert torch.equal(a.nan_to_num(nan=7.0), b.nan_to_num(nan=7.0))
+
+
+def test_adamw_counts_positions_in_64_bits():
+    """A part of a tensor beyond 2^32 elements, as the launcher passes the last ones."""
+    module = importlib.import_module("rlhf_kernels.triton.adamw_bf16")
+    first, n = 3 * 2**32 + 2**31 + 16, 300
+    param, exp_avg, exp_avg_sq = (torch.ones(n).bfloat16() for _ in range(3))
+    step = torch.tensor(7.0)
+    # Nothing moves but the first moment, by a third of a unit in its last place.
+    rate = 2.0**-8 / 3
+    module.launch(
+        module._adamw_kernel, (1,), param, param, torch.zeros(n).bfloat16(), exp_avg, exp_avg_sq, step, None, None,
+        n, signed(mix64(9)), first, 0.0, 0.9, 0.9, 1.0, rate, 1.0, 0.0, 1e-8, BLOCK=512,
+    )  # fmt: skip
+    bits = random_bits(9, step, first, n)[1]
+    fallen = (torch.tensor(1.0) - torch.tensor(rate)).view(torch.int32) & 0xFFFF
+    assert torch.equal(exp_avg == 1, bits + fallen >= 2**16)
+    assert 50 < int((exp_avg == 1).sum()) < 250 and bool((param == 1).all()) and bool((exp_avg_sq == 1).all())
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda x: x.double(), "grad: expected contiguous torch.bfloat16 or torch.float32"),
+        (lambda x: x.T.contiguous().T, r"grad: .* with strides \(1, 3\)"),
+        (lambda x: x[:, :4], r"grad: expected contiguous .* \(3, 5\) on cpu, got torch.bfloat16 \(3, 4\)"),
+    ],
+)
+def test_direct_calls_of_adamw_with_a_gradient_that_a_pointer_would_misread(change, words):
+    param = torch.zeros(3, 5).bfloat16()
+    options = (torch.ones(()), None, None, 0, 1e-3, 0.9, 0.999, 1e-8, 0.0)
+    with pytest.raises(ValueError, match=words):
+        torch.ops.rlhf_kernels.adamw_bf16_(param, change(param), param.clone(), param.clone(), *options)
 
 
 @pytest.mark.parametrize(

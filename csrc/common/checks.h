@@ -84,10 +84,14 @@ inline void check_leader(const char* name, const Tensor& x) {
   check_dense(name, x, dtype, x);
 }
 
-// A 0-dim tensor of the dtype of `like`.
-inline void check_scalar(const char* name, const Tensor& x, const Tensor& like) {
-  check_dense(name, x, like.scalar_type(), like);
+// A 0-dim tensor, of the dtype of `like` where none is given.
+inline void check_scalar(const char* name, const Tensor& x, ScalarType dtype, const Tensor& like) {
+  check_dense(name, x, dtype, like);
   if (x.dim() != 0) refuse(name, "expected a 0-dim tensor, got " + tuple_text(x.sizes()));
+}
+
+inline void check_scalar(const char* name, const Tensor& x, const Tensor& like) {
+  check_scalar(name, x, like.scalar_type(), like);
 }
 
 template <class T>

@@ -1,5 +1,5 @@
 // exp, expm1 and tanh on vectors. float: polynomials, within 2 ulp where the result is a normal number; double: the C
-// library, a lane at a time.
+// library, a lane at a time. sqrt: the processor's, exactly rounded.
 #pragma once
 
 #include "common/vec.h"
@@ -83,6 +83,20 @@ RLHF_INLINE Vec<double> tanh(Vec<double> x) {
   for (int i = 0; i < kLanes<double>; ++i) x[i] = __builtin_tanh(x[i]);
   return x;
 }
+
+// By name: the vector extensions have no square root, and a loop over lanes calls the C library for negative ones.
+#if defined(__AVX512F__)
+RLHF_INLINE Vec<float> sqrt(Vec<float> x) { return _mm512_maskz_sqrt_ps(0xffff, x); }
+#elif defined(__AVX2__)
+RLHF_INLINE Vec<float> sqrt(Vec<float> x) { return _mm256_sqrt_ps(x); }
+#elif defined(__SSE__)
+RLHF_INLINE Vec<float> sqrt(Vec<float> x) { return __builtin_ia32_sqrtps(x); }
+#else
+RLHF_INLINE Vec<float> sqrt(Vec<float> x) {
+  for (int i = 0; i < kLanes<float>; ++i) x[i] = __builtin_sqrtf(x[i]);
+  return x;
+}
+#endif
 
 }  // namespace
 }  // namespace rlhf::RLHF_ISA

@@ -23,6 +23,13 @@ void parallel(int64_t n, int64_t grain, const Kernel<Args>& kernel, const Args<T
   torch::stable::parallel_for(0, n, grain, run);
 }
 
+// The same for a kernel that has one compute type.
+template <class Args>
+void parallel(int64_t n, int64_t grain, void (*kernel)(const Args&, int64_t begin, int64_t end), const Args& args) {
+  const auto run = [&](int64_t begin, int64_t end) { kernel(args, begin, end); };
+  torch::stable::parallel_for(0, n, grain, run);
+}
+
 }  // namespace rlhf
 
 #ifdef RLHF_X86

@@ -1,6 +1,7 @@
 """The cases of the battery: inputs, and oracles written as a textbook would, with autograd and loops, apart from the
 references. A file holds the cases of ops that share their inputs."""
 
+from .adamw import ADAMW_BF16
 from .linear import LINEAR_PPO_LOSS, LINEAR_TOKEN_LOGPROBS
 from .logits_kl import LINEAR_KL, LOGITS_KL
 from .ppo_loss import PPO_LOSS
@@ -14,4 +15,5 @@ CASES = {
     "linear_token_logprobs": LINEAR_TOKEN_LOGPROBS, "linear_ppo_loss": LINEAR_PPO_LOSS,
     "sequence_logprobs": SEQUENCE_LOGPROBS, "group_advantages": GROUP_ADVANTAGES, "dpo_loss": DPO_LOSS,
     "linear_dpo_loss": LINEAR_DPO_LOSS, "logits_kl": LOGITS_KL, "linear_kl": LINEAR_KL,
+    "adamw_bf16_": ADAMW_BF16,
 }  # fmt: skip

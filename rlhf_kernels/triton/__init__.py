@@ -7,6 +7,7 @@ in cu_seqlens are clamped to the tokens that exist.
 
 from collections.abc import Callable
 
+from .adamw_bf16 import adamw_bf16
 from .gae import gae
 from .logits_kl import logits_kl, logits_kl_backward_into
 from .masked_whiten import masked_whiten
@@ -24,4 +25,5 @@ KERNELS: dict[str, Callable] = {
     "masked_whiten": masked_whiten,
     "ppo_advantages": ppo_advantages,
     "ppo_loss": ppo_loss,
+    "adamw_bf16_": adamw_bf16,
 }
