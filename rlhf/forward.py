@@ -10,6 +10,7 @@ import inspect
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import linear
 
 import rlhf_kernels
 from rlhf.attention import Segments, packed_inputs
@@ -72,7 +73,7 @@ def token_values(
 ) -> Tensor:  # (n,) float32, before each response token
     if isinstance(model, ValueHead):
         hidden = response_hidden(model.policy, batch) if policy_hidden is None else policy_hidden
-        return model.module(hidden.float())[:, 0]
+        return linear(hidden.float(), model.module.weight.float())[:, 0]
     return token_scores(model, batch)[batch.predictors]
 
 
@@ -90,7 +91,7 @@ def token_scores(model: Scorer, batch: SequenceBatch) -> Tensor:  # (N,) float32
         hidden = model.module.base_model(**_inputs(model, batch, model.module.base_model)).last_hidden_state
     config, head = model.module.config, model.module.score
     hidden = _counted(model, hidden, batch).float()
-    raw = torch.nn.functional.linear(hidden, head.weight.float(), None if head.bias is None else head.bias.float())
+    raw = linear(hidden, head.weight.float(), None if head.bias is None else head.bias.float())
     return (raw[:, 0] - getattr(config, "reward_mean", 0.0)) / getattr(config, "reward_std", 1.0)
 
 

@@ -74,7 +74,9 @@ class Models:
 
 
 def load_models(config: PPOConfig) -> Models:
-    base = load_language_model(config.model_name_or_path, config)
+    base, half = load_language_model(config.model_name_or_path, config), config.optim == "adamw_bf16"
+    if half:  # before the reference is made of it, which is the initial policy to the bit
+        base.module.to(torch.bfloat16)
     say_how_logprobs_are_formed(base)
     rewards = load_rewards(config, base)
     gold = function_reward(config.gold_reward) if config.gold_reward else None
@@ -84,9 +86,8 @@ def load_models(config: PPOConfig) -> Models:
     else:
         reference, policy = frozen(frozen_copy(base), config), base
     value = load_value(config, policy, reference, rewards) if config.advantage == "gae" else None
-    if config.optim == "adamw_bf16":
-        for module in (policy.module, *([value.module] if value else [])):
-            module.to(torch.bfloat16)
+    if half and value is not None:
+        value.module.to(torch.bfloat16)
     models = Models(policy, value, reference, rewards, gold)
     if config.gradient_checkpointing:
         for module in models.modules.values():

@@ -7,10 +7,12 @@ import math
 import torch
 from torch import Tensor, nn
 
+import rlhf_kernels
+
 from rlhf.config import TrainConfig, TrainingDiverged
 
 
-def make_optimizer(models: list[tuple[nn.Module, float]], config: TrainConfig) -> torch.optim.AdamW:
+def make_optimizer(models: list[tuple[nn.Module, float]], config: TrainConfig) -> torch.optim.Optimizer:
     """One AdamW over (module, peak learning rate) pairs. Vectors (norms, biases) have no weight decay."""
     groups = []
     for module, rate in models:
@@ -20,8 +22,11 @@ def make_optimizer(models: list[tuple[nn.Module, float]], config: TrainConfig) -
             (0.0, [p for p in trained if p.dim() < 2]),
         ):
             groups.append({"params": params, "weight_decay": decay, "peak_lr": rate, "lr": rate})
-    betas = (config.adam_beta1, config.adam_beta2)
-    return torch.optim.AdamW([g for g in groups if g["params"]], betas=betas, eps=config.adam_epsilon, fused=True)
+    groups = [group for group in groups if group["params"]]
+    options = {"betas": (config.adam_beta1, config.adam_beta2), "eps": config.adam_epsilon}
+    if getattr(config, "optim", "adamw") == "adamw_bf16":
+        return rlhf_kernels.AdamWBF16(groups, **options, seed=config.seed)
+    return torch.optim.AdamW(groups, **options, fused=True)
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, config: TrainConfig, step: int, total: int) -> float:

@@ -28,6 +28,8 @@ CASES = {
     "checkpointing, token budget": {"gradient_checkpointing": True, "micro_batch_tokens": 40},
     "value warm-up, early stop": {"value_warmup_steps": 2, "target_kl": 1e-3},
     "padded": {"padding_free": False},
+    "adamw_bf16": {"optim": "adamw_bf16"},
+    "adamw_bf16, one trunk": {"optim": "adamw_bf16", "memory_layout": ["shared_value"]},
 }
 
 

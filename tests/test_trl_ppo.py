@@ -19,13 +19,14 @@ from peers_trl_ppo import ALL, CASES, EOS, OPTIONS, PAD, ROWS, WIDTH, WORDS, pro
 from torch import Tensor
 
 import rlhf_kernels
-from rlhf.advantages import Models, score, with_advantages
+from rlhf.advantages import score, with_advantages
 from rlhf.config import PPOConfig
 from rlhf.forward import response_logprobs, sequence_scores
+from rlhf.layout import Models, load_models
 from rlhf.losses import ppo_losses
 from rlhf.model import load_language_model
 from rlhf.optim import StepGuard
-from rlhf.ppo import load_models, summarize
+from rlhf.ppo import summarize
 from rlhf.types import Experience, PromptBatch, Rollout, pad_sequences
 
 PYTHON = ROOT / ".venv-trl" / "bin" / "python"
@@ -83,7 +84,7 @@ def both(rig):
         models = replace(load_models(config), reference=load_language_model(str(folder / "reference"), config))
         rows = responses(full)
         ended, texts = torch.tensor([row[-1] == EOS for row in rows]), [""] * ROWS
-        rollout = Rollout(pad_sequences(prompts(), rows, PAD), ended, PromptBatch(prompts(), texts, {}), texts)
+        rollout = Rollout(pad_sequences(prompts(), rows, PAD), ended, PromptBatch(prompts(), texts, {}), texts, rows)
         scored, _ = score(rollout, models, config)
         return Both(found[name], config, models, rollout, with_advantages(scored, config, config.kl_coef))
 
@@ -231,8 +232,8 @@ def test_the_trainer_agrees_but_for_the_deviation(name, both):
 def test_on_one_length_the_metrics_agree(name, both):
     case = both(name)
     experience = as_trl(case)
-    updates = [(losses(case, experience, step)[0], 0.0) for step in range(2)]
-    ours, trl = summarize(case.rollout, experience, updates, case.config.kl_coef), case.trl["metrics"]
+    updates = [(losses(case, experience, step)[0], torch.zeros(())) for step in range(2)]
+    ours, trl = summarize(case.rollout, experience, updates, case.config, case.config.kl_coef), case.trl["metrics"]
     assert set(trl) - set(ours) == {"eps", "val/ratio_var", "lr", "episode"}
     for metric in set(trl) & set(ours):
         agree(ours[metric], trl[metric], metric)
@@ -288,7 +289,8 @@ def test_trls_statistics_count_pads(both):
 def test_trl_counts_every_eos_and_reports_the_estimator_it_trains_with(both):
     """Ours counts responses that ended; `objective/kl` is always k1, so that runs with other estimators compare."""
     case = both("ragged-k3")
-    ours = summarize(case.rollout, case.experience, [(losses(case, case.experience, 0)[0], 0.0)], case.config.kl_coef)
+    updates = [(losses(case, case.experience, 0)[0], torch.zeros(()))]
+    ours = summarize(case.rollout, case.experience, updates, case.config, case.config.kl_coef)
     assert ours["val/num_eos_tokens"] == 6 and case.trl["metrics"]["val/num_eos_tokens"] == 7
     agree(case.experience.kl.sum(1).mean(), case.trl["metrics"]["objective/kl"], "k3")
     differ(ours["objective/kl"], case.trl["metrics"]["objective/kl"])
@@ -337,11 +339,11 @@ def test_trl_does_not_clip_gradients(both):
     for name, weight in first["weights"].items():
         agree(weight - rate * first["gradients"][name], second["weights"][name], name)
     modules = [case.models.policy.module, case.models.value.module]
-    guard = StepGuard(torch.optim.SGD([p for _, p in parameters], lr=rate), modules, case.config.max_grad_norm)
+    guard = StepGuard(torch.optim.SGD([p for _, p in parameters], lr=rate, fused=True), modules, case.config.max_grad_norm)
     ppo_losses(case.models, as_trl(case), case.config, case.lengths.sum())[0].backward()
     norms = [norm_of(first["gradients"], prefix) for prefix in PREFIXES]
     assert min(norms) > 2 * case.config.max_grad_norm
-    assert guard.step(0.0) == pytest.approx(max(norms), rel=SAME)
+    assert float(guard.step(torch.zeros(()))) == pytest.approx(max(norms), rel=SAME)
     moved = {name: p.detach() - first["weights"][name] for name, p in parameters}
     for prefix in PREFIXES:
         assert norm_of(moved, prefix) == pytest.approx(rate * case.config.max_grad_norm, rel=DIFFERENT)
