@@ -110,7 +110,18 @@ def main(argv: list[str]) -> int:
         xml, timings = Path(scratch) / "tests.xml", Path(scratch) / "benchmarks.json"
         steps.run("build", python, "setup.py", "build_ext", "--inplace", TORCH_CUDA_ARCH_LIST=architecture())
         machine = steps.run("machine", python, "-c", MACHINE, args.device)
-        pytest = [python, "-m", "pytest", "tests/test_gpu.py", "-m", "gpu", "-vv", "--tb=short", f"--junitxml={xml}"]
+        pytest = [
+            python,
+            "-m",
+            "pytest",
+            "tests/test_gpu.py",
+            "tests/test_gpu_trainer.py",
+            "-m",
+            "gpu",
+            "-vv",
+            "--tb=short",
+            f"--junitxml={xml}",
+        ]
         tests = test_report(xml, steps.run("tests", *pytest))
         options = ["--quick"] if args.device == "cpu" else ["--seconds", "5"]
         steps.run("benchmarks", python, "-m", "benchmarks", "--device", args.device, "--json", str(timings), *options)

@@ -8,6 +8,7 @@ differ from 1.
 from __future__ import annotations
 
 import copy
+import json
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
@@ -21,6 +22,8 @@ from torch import nn
 import rlhf_kernels
 from rlhf import attention
 from rlhf.config import PPOConfig, RunConfig, UsageError
+
+ADAPTER = "adapter_config.json"  # in a directory that holds LoRA adapters instead of a model
 
 
 class ModelError(UsageError):
@@ -158,10 +161,8 @@ def shared_copy(module: nn.Module) -> nn.Module:
 
 def with_adapters(model: LanguageModel | Scorer, config: PPOConfig) -> LanguageModel | Scorer:
     """The model with LoRA adapters over frozen weights, which it shares with `model` (arXiv 2106.09685)."""
-    from peft import LoraConfig
-
     module = shared_copy(model.module.requires_grad_(False))
-    settings = LoraConfig(
+    settings = peft().LoraConfig(
         r=config.lora_r,
         lora_alpha=config.lora_alpha,
         lora_dropout=0.0,
@@ -173,6 +174,14 @@ def with_adapters(model: LanguageModel | Scorer, config: PPOConfig) -> LanguageM
         torch.manual_seed(config.seed)
         module.add_adapter(settings)
     return replace(model, module=module.eval())
+
+
+def peft():
+    try:
+        import peft
+    except ImportError as error:
+        raise UsageError("adapters need peft: pip install peft") from error
+    return peft
 
 
 def value_on_trunk(policy: LanguageModel) -> Scorer:
@@ -228,20 +237,29 @@ def _special(module: nn.Module, tokenizer) -> tuple[tuple[int, ...], int]:
 def _check_directory(path: str) -> None:
     beside_existing = "/" in path and Path(path).parent.exists()  # a mistyped directory, not a hub id
     looks_local = path.startswith((".", "/", "~")) or path.count("/") > 1 or Path(path).exists() or beside_existing
-    if looks_local and not (Path(path) / "config.json").is_file():
+    if looks_local and not any((Path(path) / name).is_file() for name in ("config.json", ADAPTER)):
         problem = "has no config.json" if Path(path).is_dir() else "no such directory"
         raise ModelError(f"{path}: not a model directory: {problem}")
 
 
-def _load(loader, path: str, **options):
+def _load(loader, path: str, model: nn.Module | None = None, **options):
     try:
-        return loader(path, local_files_only=Path(path).is_dir(), **options)
+        return loader(*([] if model is None else [model]), path, local_files_only=Path(path).is_dir(), **options)
     except Exception as error:  # a damaged or foreign directory raises the types of five libraries
         reason = " ".join(str(error).split())
         raise ModelError(f"{path}: cannot be loaded: {reason}") from error
 
 
 def _load_module(auto_class, path: str, **options) -> tuple[nn.Module, set[str]]:  # and the weights it had to make up
+    """A directory of adapters is loaded as the model that they make: merged into the weights of their base."""
+    adapter = Path(path) / ADAPTER
+    if adapter.is_file():
+        base = json.loads(adapter.read_text(encoding="utf-8"))["base_model_name_or_path"]
+        _check_directory(base)
+        module, missing = _load_module(auto_class, base, **options)
+        module = _load(peft().PeftModel.from_pretrained, path, model=module).merge_and_unload()
+        module.name_or_path = path
+        return module, missing
     options |= {"dtype": torch.float32, "output_loading_info": True, **_attention(path)}
     module, info = _load(auto_class.from_pretrained, path, **options)
     return module, set(info["missing_keys"])

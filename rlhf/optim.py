@@ -8,7 +8,6 @@ import torch
 from torch import Tensor, nn
 
 import rlhf_kernels
-
 from rlhf.config import TrainConfig, TrainingDiverged
 
 

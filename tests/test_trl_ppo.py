@@ -339,7 +339,8 @@ def test_trl_does_not_clip_gradients(both):
     for name, weight in first["weights"].items():
         agree(weight - rate * first["gradients"][name], second["weights"][name], name)
     modules = [case.models.policy.module, case.models.value.module]
-    guard = StepGuard(torch.optim.SGD([p for _, p in parameters], lr=rate, fused=True), modules, case.config.max_grad_norm)
+    optimizer = torch.optim.SGD([p for _, p in parameters], lr=rate, fused=True)
+    guard = StepGuard(optimizer, modules, case.config.max_grad_norm)
     ppo_losses(case.models, as_trl(case), case.config, case.lengths.sum())[0].backward()
     norms = [norm_of(first["gradients"], prefix) for prefix in PREFIXES]
     assert min(norms) > 2 * case.config.max_grad_norm
