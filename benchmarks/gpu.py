@@ -25,6 +25,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
+TESTS = ("tests/test_gpu.py", "tests/test_gpu_trainer.py")
 TOTAL_SECONDS = 520
 LIMITS = {"build": 200, "machine": 60, "tests": 320, "benchmarks": 300}  # each also ends with the total
 OUTCOMES = ("PASSED", "FAILED", "SKIPPED")
@@ -110,18 +111,7 @@ def main(argv: list[str]) -> int:
         xml, timings = Path(scratch) / "tests.xml", Path(scratch) / "benchmarks.json"
         steps.run("build", python, "setup.py", "build_ext", "--inplace", TORCH_CUDA_ARCH_LIST=architecture())
         machine = steps.run("machine", python, "-c", MACHINE, args.device)
-        pytest = [
-            python,
-            "-m",
-            "pytest",
-            "tests/test_gpu.py",
-            "tests/test_gpu_trainer.py",
-            "-m",
-            "gpu",
-            "-vv",
-            "--tb=short",
-            f"--junitxml={xml}",
-        ]
+        pytest = [python, "-m", "pytest", *TESTS, "-m", "gpu", "-vv", "--tb=short", f"--junitxml={xml}"]
         tests = test_report(xml, steps.run("tests", *pytest))
         options = ["--quick"] if args.device == "cpu" else ["--seconds", "5"]
         steps.run("benchmarks", python, "-m", "benchmarks", "--device", args.device, "--json", str(timings), *options)

@@ -1,5 +1,5 @@
 """On a GPU: the battery for the Triton and the CUDA kernels, long sequences, offsets beyond 2^31, CUDA graphs, no host
-sync, the device of the inputs. `make gpu` runs this file alone."""
+sync, the device of the inputs. `make gpu` runs this file and test_gpu_trainer.py."""
 
 import pytest
 import torch
