@@ -1,4 +1,4 @@
-"""What an optimizer step of PPO descends, against the plain formula in torch: clips, KL terms, supervised rows; when it stops."""
+"""What an optimizer step of PPO descends, by the plain formula: clips, KL terms, supervised rows; when it stops."""
 
 from __future__ import annotations
 
@@ -177,7 +177,7 @@ def test_a_kl_term_has_the_gradient_of_its_estimate_or_with_a_plus_that_of_k2(ti
     """TRL#4967, open-instruct#530: a term without gradient, or with another than that of the KL."""
     config = ppo_config(tiny_model, **NO_VALUE, kl_in="loss", kl_estimator=estimator, kl_coef=2.0)
     models, experience = prepared(config)
-    found, without = of_update(models, experience, config), None
+    found = of_update(models, experience, config)
     models.policy.module.zero_grad(set_to_none=True)
     without = of_update(models, experience, replace(config, kl_coef=0.0))
     logprobs, mask = logprobs_of(models, experience)

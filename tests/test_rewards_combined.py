@@ -1,4 +1,4 @@
-"""Several rewards at once: weights, normalisation, rewards of tokens and of steps, and the order of clip and penalties."""
+"""Several rewards at once: weights, normalisation, rewards of tokens and of steps, the order of clip and penalties."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 from test_losses import ppo_config
-from test_reward import RUN, policy, rollout  # noqa: F401, fixtures
+from test_reward import RUN, two_responses
 from tiny_models import sentence, write_jsonl
 
 from rlhf.config import InitConfig, UsageError
@@ -28,6 +28,16 @@ from rlhf.reward import (
 from rlhf.types import PromptBatch, Rollout, pad_sequences
 
 pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+@pytest.fixture(scope="module")
+def policy(tiny_model):
+    return load_language_model(tiny_model, RUN)
+
+
+@pytest.fixture
+def rollout(policy) -> Rollout:
+    return two_responses(policy)
 
 
 def of(name: str) -> Reward:
@@ -267,5 +277,5 @@ def test_a_step_earns_the_score_of_the_text_up_to_its_end(policy, tiny_reward_mo
 
 def test_a_process_reward_model_of_another_vocabulary_is_refused(policy, bpe):
     scorer = load_scorer(bpe, RUN, head="random")
-    with pytest.raises(UsageError, match="process_reward_model_path: .* has another vocabulary than the policy"):
+    with pytest.raises(UsageError, match=r"process_reward_model_path: .* has another vocabulary than the policy"):
         process_reward(scorer, policy, 1, None, "\n")
