@@ -148,16 +148,24 @@ def with_value_adapters(base: Scorer, config: PPOConfig) -> Scorer:
 @contextmanager
 def recomputing(models: Models, config: PPOConfig) -> Iterator[None]:
     """Gradient checkpointing for the block, where it is asked for. transformers ties it to train mode, which would
-    bring dropout and layer drop: only the layers' own flags are set, what is inside them stays in eval mode."""
-    layers = []
+    bring dropout: a layer is in train mode when it is called and in eval mode while it computes, each time."""
+    from transformers.modeling_layers import GradientCheckpointingLayer
+
+    layers, hooks = [], []
     if config.gradient_checkpointing:
-        for module in models.modules.values():
-            layers += [layer for layer in module.modules() if getattr(layer, "gradient_checkpointing", False)]
+        found = chain.from_iterable(module.modules() for module in models.modules.values())
+        layers = [layer for layer in found if isinstance(layer, GradientCheckpointingLayer)]
     try:
         for layer in layers:
             layer.training = True
+            hooks.append(layer.register_forward_pre_hook(lambda layer, _: setattr(layer, "training", False)))
+            # also after the end of a second computation, which torch cuts short with an exception
+            leave = layer.register_forward_hook(lambda layer, *_: setattr(layer, "training", True), always_call=True)
+            hooks.append(leave)
         yield
     finally:
+        for hook in hooks:
+            hook.remove()
         for layer in layers:
             layer.training = False
 

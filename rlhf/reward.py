@@ -107,6 +107,8 @@ def score_rollout(
     if shaping.score_clip is not None:
         total = total.clamp(-shaping.score_clip, shaping.score_clip)
         per_token = None if per_token is None else per_token.clamp(-shaping.score_clip, shaping.score_clip)
+    if shaping.length_penalty:
+        total = total - shaping.length_penalty * (lengths - shaping.length_penalty_after).clamp(min=0).float()
     if shaping.missing_eos_penalty is not None:
         unfinished = ~rollout.finished
         if shaping.missing_eos == "replace":
@@ -114,8 +116,6 @@ def score_rollout(
             per_token = None if per_token is None else per_token.masked_fill(unfinished[:, None], 0.0)
         else:
             total = total - shaping.missing_eos_penalty * unfinished.float()
-    if shaping.length_penalty:
-        total = total - shaping.length_penalty * (lengths - shaping.length_penalty_after).clamp(min=0).float()
     if per_token is None:
         return Scores(total, None, parts)
     per_token = per_token.scatter_add(1, lengths[:, None] - 1, total[:, None])

@@ -44,3 +44,25 @@ def fails(prompts, completions, **columns):
 def noisy(prompts, completions, **columns):
     """Draws from the global generators, as a judge with sampling would."""
     return [len(text) / 10 + random.random() + float(numpy.random.rand()) for text in completions]
+
+
+def lengths(prompts, completions, completion_ids, **columns):
+    return [float(len(ids)) for ids in completion_ids]
+
+
+def of_tokens(prompts, completions, completion_ids, **columns):
+    """A tenth of its id for each token."""
+    return [[token / 10 for token in ids] for ids in completion_ids]
+
+
+def of_words(prompts, completions, **columns):
+    """One number a word: as many as tokens but for the EOS, which the text does not show."""
+    return [[float(len(word)) for word in completion.split()] for completion in completions]
+
+
+def of_tokens_sometimes(prompts, completions, completion_ids, **columns):
+    return [[0.0] * len(completion_ids[0]), *[1.0] * (len(completions) - 1)]
+
+
+def of_tokens_not_finite(prompts, completions, completion_ids, **columns):
+    return [[float("inf")] * len(ids) for ids in completion_ids]

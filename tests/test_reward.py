@@ -22,8 +22,7 @@ def policy(tiny_model):
     return load_language_model(tiny_model, RUN)
 
 
-@pytest.fixture
-def rollout(policy) -> Rollout:
+def two_responses(policy) -> Rollout:
     prompts, eos = ["the film", "very bad"], policy.eos_ids[0]
     ids = [policy.tokenizer(text)["input_ids"] for text in prompts]
     responses = [[*policy.tokenizer("was good good")["input_ids"], eos], policy.tokenizer("dull")["input_ids"]]
@@ -34,6 +33,11 @@ def rollout(policy) -> Rollout:
         completions=[decode(policy.tokenizer, r) for r in responses],
         completion_ids=responses,
     )
+
+
+@pytest.fixture
+def rollout(policy) -> Rollout:
+    return two_responses(policy)
 
 
 def test_rewards_are_summed_and_a_missing_eos_costs(rollout):
