@@ -201,6 +201,8 @@ def say(line: str) -> None:
 def say_how_logprobs_are_formed(model: LanguageModel) -> None:
     if not model.head.fused:
         say(f"log-probabilities are taken from whole logits, which costs memory: {model.head.reason}")
+    if model.padded_because:
+        say(f"sequences are padded: {model.padded_because}")
 
 
 def make_folder(config: RunConfig) -> Path:

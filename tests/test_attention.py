@@ -12,6 +12,7 @@ from rlhf import rollout
 from rlhf.attention import NAME, Segments, _window, attend, enable_packing, packed_inputs
 from rlhf.config import RunConfig, SFTConfig
 from rlhf.forward import response_logprobs, response_values, sequence_scores
+from rlhf.log import say_how_logprobs_are_formed
 from rlhf.model import load_language_model, load_scorer
 from rlhf.rollout import Sampling, generate
 from rlhf.types import PromptBatch, pad_sequences
@@ -106,6 +107,13 @@ def test_what_stands_beside_a_segment_changes_nothing_of_it(tiny_model):
         found, _ = response_logprobs(model, pad_sequences(prompts, responses, 0))
         length = len(RESPONSES[row])
         torch.testing.assert_close(found[row, :length], expected[row, :length], rtol=0, atol=2e-6)
+
+
+def test_a_run_says_why_it_pads(tiny_model, capsys):
+    say_how_logprobs_are_formed(load_language_model(tiny_model, RUN))
+    assert capsys.readouterr().err.count("padded") == 0
+    say_how_logprobs_are_formed(load_language_model(tiny_model, PADDED))
+    assert "sequences are padded: padding_free is false" in capsys.readouterr().err
 
 
 def test_scorers_pack_too(tiny_reward_model):
