@@ -51,7 +51,7 @@ def evaluate(models: Models, config: PPOConfig, prompts: list[PromptBatch], stat
             kls.append(response_kl(models.policy, models.reference, rollout, config).cpu())
             lengths.append(rollout.sequences.response_lengths.float())
             finished.append(rollout.finished.float())
-            gold += [_of_responses(models.gold, rollout)] if models.gold else []
+            gold += [of_responses(models.gold, rollout)] if models.gold else []
         if "reference_scores" not in state:
             rollouts = (
                 generate(models.reference, batch, sampling, seed=(config.seed, SEED, number))
@@ -80,6 +80,6 @@ def response_kl(policy: LanguageModel, reference: LanguageModel, rollout: Rollou
     return kl
 
 
-def _of_responses(reward: Reward, rollout: Rollout) -> Tensor:  # (B,)
+def of_responses(reward: Reward, rollout: Rollout) -> Tensor:  # (B,)
     scores = reward.score(rollout)
     return scores if scores.dim() == 1 else scores.sum(1)

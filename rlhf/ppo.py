@@ -18,7 +18,7 @@ import rlhf_kernels
 from rlhf.advantages import score, with_advantages
 from rlhf.config import PPOConfig
 from rlhf.data import Dataset, TokenExample, load
-from rlhf.evaluation import evaluate, load_prompts
+from rlhf.evaluation import evaluate, load_prompts, of_responses
 from rlhf.layout import Models, load_models, recomputing
 from rlhf.log import Clock, Run
 from rlhf.losses import ppo_losses, supervised_loss
@@ -62,7 +62,7 @@ def train(
             parts = [part for rows in first_epoch for part in passes(rows, rollout.sequences, models, config)]
             with models.on_device():
                 experience, metrics = score(rollout, models, config, parts, moments, run.poll)
-                gold = models.gold.score(rollout) if models.gold else None
+                gold = of_responses(models.gold, rollout) if models.gold else None
             experience = with_advantages(experience, config, kl.coef)
             clock.lap("score")
             rate = set_learning_rate(optimizer, config, step, total)
@@ -77,6 +77,8 @@ def train(
             clock.lap("update")
             metrics |= summarize(rollout, experience, updates, config, kl.coef) | clock.laps
             metrics |= {"lr": rate, "episode": (step + 1) * size, "skipped_steps": guard.check()}
+            if step < config.value_warmup_steps:  # nothing formed it: 0 would be the first value to warn below
+                metrics["policy/entropy_avg"] = math.nan
             watched = metrics["policy/entropy_avg"], metrics["objective/kl"]
             metrics |= health(rollout.completion_ids, rollout.finished, experience.scores.cpu(), *watched, gold)
             kl = kl.update(metrics["objective/kl"], size)

@@ -275,10 +275,13 @@ def process_reward(
 def step_ends(ids: list[int], tokenizer, separator: str) -> list[int]:
     """Positions of the tokens that end a step: those that complete a separator, and the last, unless nothing but it
     (an EOS token, say) follows a separator."""
-    pieces = [tokenizer.decode([i], clean_up_tokenization_spaces=False) for i in ids]
-    text, ends, searched = "", [], 0
-    for position, piece in enumerate(pieces):
-        text += piece
+    text, ends, searched, pending = "", [], 0, []
+    for position, token in enumerate(ids):
+        pending.append(token)
+        piece = tokenizer.decode(pending, clean_up_tokenization_spaces=False)
+        if piece.endswith("\ufffd"):  # a character of several bytes, not all of which are there
+            continue
+        text, pending = text + piece, []
         while (found := text.find(separator, searched)) >= 0:
             searched = found + len(separator)
             ends.append(position)

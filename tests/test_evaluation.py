@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import statistics
 from dataclasses import replace
 
 import pytest
@@ -124,3 +125,20 @@ def test_a_best_metric_that_no_evaluation_has_is_named(tiny_model, corpus, tmp_p
     config = run_config(tiny_model, corpus, tmp_path, max_steps=1, best_metric="eval/scores", eval_prompts=2)
     with pytest.raises(UsageError, match=r"best_metric: expected a metric .* eval/score, .* got 'eval/scores'"):
         ppo.train(config)
+
+
+def test_a_gold_reward_of_tokens_is_summed_in_training_and_evaluation(tiny_model, corpus, tmp_path, monkeypatch):
+    """A response's gold reward is the sum of its tokens', here a tenth of their ids; it is no mean over the padding."""
+    rollouts, call = [], ppo.generate
+
+    def watched(*arguments, **options):
+        rollouts.append(call(*arguments, **options))
+        return rollouts[-1]
+
+    monkeypatch.setattr(ppo, "generate", watched)
+    config = run_config(tiny_model, corpus, tmp_path, max_steps=1, gold_reward="rewards_for_tests:of_tokens")
+    found = ppo.train(config).metrics
+    sums = [sum(ids) / 10 for ids in rollouts[0].completion_ids]
+    assert found["watch/gold"] == pytest.approx(sum(sums) / 8, rel=1e-6)
+    assert found["watch/gold_std"] == pytest.approx(statistics.pstdev(sums), rel=1e-5)
+    assert 6 * 17 / 10 > found["eval/gold"] > 1.7  # sums of up to six ids, none above 17

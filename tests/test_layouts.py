@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 from dataclasses import replace
 from pathlib import Path
 
@@ -181,16 +182,19 @@ def test_a_warm_up_moves_the_value_alone(tiny_model, corpus, tmp_path, monkeypat
         pytest.importorskip("peft")
     kept = kept_models(monkeypatch)
     config = run_config(tiny_model, corpus, tmp_path / "run", memory_layout=[kind], value_warmup_steps=2)
-    seen = []
+    seen, entropies = [], []
 
     def at_step(step: int, policy, metrics: dict) -> None:
         models, start = kept[0]
         seen.append((moved(models.policy.module, start["policy"]), moved(models.value.module, start["value"])))
+        entropies.append(metrics["watch/entropy"])
 
     ppo.train(replace(config, max_steps=3), on_step=at_step)
     models, _ = kept[0]
     assert [bool(policy) for policy, _ in seen] == [False, False, True]
     assert all(value for _, value in seen) and seen[-1][1] == trained(models.value.module)
+    assert [entropy > 0 for entropy in entropies] == [False, False, True]
+    assert all(math.isnan(entropy) for entropy in entropies[:2])  # not 0, below which nothing would warn
 
 
 # What is on the device when
@@ -281,10 +285,13 @@ def test_layers_are_computed_twice_in_updates_and_nowhere_else(tiny_model):
     assert counts["kept"][0] == counts["again"][0] == counts["again"][4] > 2
 
 
-def test_computing_again_gives_the_same_gradients(tiny_model):
+@pytest.mark.parametrize("kind", ["separate", "shared_value", "lora"])
+def test_computing_again_gives_the_same_gradients(tiny_model, kind):
+    if kind == "lora":
+        pytest.importorskip("peft")
     found = []
     for asked in (False, True):
-        config = ppo_config(tiny_model, gradient_checkpointing=asked)
+        config = ppo_config(tiny_model, gradient_checkpointing=asked, memory_layout=[kind])
         models = models_of(config)
         experience = with_advantages(score(sampled(models, config), models, config)[0], config, config.kl_coef)
         with recomputing(models, config):

@@ -280,6 +280,22 @@ def test_the_controller_is_fed_nats_a_response_and_the_episodes_of_a_step(tiny_m
     assert coefs[1:] == pytest.approx([coefs[i] * (1 + errors[i] * 16 / 100) for i in range(2)])
 
 
+def test_incoming_gradients_may_have_any_strides():
+    """verl#6960: a kernel read a transposed gradient as if it were contiguous."""
+    hidden, weight, ids = torch.randn(6, 5, 8), torch.randn(11, 8), torch.randint(0, 11, (6, 5))
+    upstream = torch.randn(5, 6).T
+    assert not upstream.is_contiguous()
+    found = []
+    for gradient in (upstream, upstream.contiguous()):
+        leaves = [x.clone().requires_grad_() for x in (hidden, weight, hidden @ weight.T)]
+        logprobs, entropy = rlhf_kernels.linear_token_logprobs(*leaves[:2], ids, return_entropy=True)
+        both = rlhf_kernels.token_logprobs(leaves[2], ids, return_entropy=True)
+        for output in (logprobs, entropy, *both):
+            output.backward(gradient, retain_graph=True)
+        found.append([leaf.grad for leaf in leaves])
+    assert all(torch.equal(a, b) for a, b in zip(*found))
+
+
 def test_adamw_is_that_of_the_reference_runs():
     """Detail 18: epsilon 1e-5 unless another is given; both betas are options."""
     module = torch.nn.Linear(2, 2)

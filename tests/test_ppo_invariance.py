@@ -9,7 +9,7 @@ import torch
 from test_losses import ppo_config
 
 from rlhf.advantages import score, with_advantages
-from rlhf.layout import Models, load_models
+from rlhf.layout import Models, load_models, recomputing
 from rlhf.optim import StepGuard
 from rlhf.ppo import minibatches, passes, summarize, update
 from rlhf.rollout import Sampling, generate
@@ -70,7 +70,8 @@ def step_of(config, pad: int | None = None) -> tuple[dict[str, torch.Tensor], fl
     experience, _ = score(rollout, models, config)
     experience = far(with_advantages(experience, config, config.kl_coef))
     guard = KeepGradients(models)
-    stats, _ = update(models, experience, torch.arange(8), guard, config, config.kl_coef)
+    with recomputing(models, config):
+        stats, _ = update(models, experience, torch.arange(8), guard, config, config.kl_coef)
     gradients = {
         f"{name}.{key}": p.grad
         for name, module in models.modules.items()

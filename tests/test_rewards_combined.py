@@ -231,7 +231,7 @@ def bpe(tmp_path_factory) -> str:
     return str(init(InitConfig(dataset_name=corpus, output_dir=str(folder / "model"), tokenizer="bpe", **sizes)))
 
 
-@pytest.mark.parametrize("separator", ["\n", ".\n", "\n\n", "good"])
+@pytest.mark.parametrize("separator", ["\n", ".\n", "\n\n", "good", "o"])
 def test_step_ends_on_a_byte_level_tokenizer(bpe, separator):
     """Wherever its tokens cut the text: each end is the first token with which one more separator is complete."""
     tokenizer = load_language_model(bpe, RUN).tokenizer
@@ -242,6 +242,16 @@ def test_step_ends_on_a_byte_level_tokenizer(bpe, separator):
     assert len(expected) > 1 and any(len(tokenizer.decode([i])) > 1 for i in ids)
     last = len(ids) - 1
     assert step_ends(ids, tokenizer, separator) == sorted({*expected, last} if last - 1 not in expected else expected)
+
+
+def test_a_separator_of_several_bytes_is_found(bpe):
+    """No token of this tokenizer is the whole of it, nor of the characters beside it."""
+    tokenizer = load_language_model(bpe, RUN).tokenizer
+    ids = tokenizer("the。film é。was good")["input_ids"]
+    assert all("。" not in tokenizer.decode([i]) for i in ids)
+    counts = [tokenizer.decode(ids[:n]).count("。") for n in range(len(ids) + 1)]
+    ends = [n for n in range(len(ids)) if counts[n + 1] > counts[n]]
+    assert len(ends) == 2 and step_ends(ids, tokenizer, "。") == sorted({*ends, len(ids) - 1})
 
 
 def test_step_ends_on_a_word_tokenizer(policy):
