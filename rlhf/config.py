@@ -134,7 +134,7 @@ class DemoConfig(RunConfig):
     output_dir: str = "demo"
     """Directory of the run's data, models, metrics and curve.png."""
     study: bool = False
-    """Over-optimisation at four KL penalties, best-of-n and DPO in one picture, and each variant in a table."""
+    """Instead: over-optimisation at four KL penalties, best-of-n and DPO in a picture, variants of PPO in a table."""
 
 
 @dataclass(frozen=True, kw_only=True)

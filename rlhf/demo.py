@@ -29,7 +29,7 @@ from rlhf.reward import Reward, Shaping, function_reward, model_reward, score_ro
 from rlhf.rollout import Sampling, generate
 from rlhf.types import PromptBatch, Rollout, TrainResult
 
-STAGES = ("base", "sft", "reward", "ppo-proxy", "ppo-gold")  # a folder each
+STAGES = ("base", "sft", "reward", "ppo-proxy", "ppo-gold", "study")  # a folder each
 GOLD = "rlhf.task:gold_reward"
 GOLD_BETA = 0.4  # reward per nat: the KL penalty of the known optimum
 PROXY_BETA = 0.2  # the proxy has deviation 1 on reviews, the gold reward 1.6
@@ -97,11 +97,18 @@ class Stage:
 
 def main(config: DemoConfig) -> None:
     """Runs the demo; everything lands in output_dir. Exits with status 1 and one line if PPO did not learn."""
+    with prepared(config) as folder:
+        run(config, folder)
+
+
+@contextmanager
+def prepared(config: DemoConfig) -> Iterator[Path]:
+    """The folder with room for the stages, and one thread."""
     if not importlib.util.find_spec("matplotlib"):
-        raise UsageError("the demo draws curve.png: pip install matplotlib")
+        raise UsageError("the demo draws pictures: pip install matplotlib")
     make_room(Path(config.output_dir))
     with one_thread():
-        run(config, Path(config.output_dir))
+        yield Path(config.output_dir)
 
 
 def make_room(folder: Path) -> None:
@@ -127,19 +134,9 @@ def one_thread() -> Iterator[None]:
 
 def run(config: DemoConfig, folder: Path) -> None:
     began = time.perf_counter()
-    sft_result, sft_seconds = timed(train_sft, config, folder)
-    reference = load_language_model(str(sft_result.final_dir), config)
-    reward_result, reward_seconds = timed(train_reward, config, folder, reference)
-    scorer = load_scorer(str(reward_result.final_dir), config)
-    judge = Judge(reference, model_reward(scorer, reference, BATCH), function_reward(GOLD))
-
-    before = judge.measure(reference, SAMPLES, config.seed, 0)
-    stages = [
-        Stage("SFT", sft_seconds, {"loss": sft_result.metrics["loss"]}, before),
-        Stage("reward model", reward_seconds, {"accuracy": reward_result.metrics["eval/accuracy"]}),
-        train_ppo(config, folder, judge, before, "proxy"),
-        train_ppo(config, folder, judge, before, "gold"),
-    ]
+    judge, stages = train_judge(config, folder)
+    before = stages[0].result
+    stages += [train_ppo(config, folder, judge, before, name) for name in ("proxy", "gold")]
     summary = summarize(config, stages, time.perf_counter() - began)
     (folder / "summary.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
     draw(folder / "curve.png", stages)
@@ -149,6 +146,20 @@ def run(config: DemoConfig, folder: Path) -> None:
 
 
 # The stages
+
+
+def train_judge(config: DemoConfig, folder: Path) -> tuple[Judge, list[Stage]]:
+    """The SFT model, with fresh samples of it, and the reward model."""
+    sft_result, sft_seconds = timed(train_sft, config, folder)
+    reference = load_language_model(str(sft_result.final_dir), config)
+    reward_result, reward_seconds = timed(train_reward, config, folder, reference)
+    scorer = load_scorer(str(reward_result.final_dir), config)
+    judge = Judge(reference, model_reward(scorer, reference, BATCH), function_reward(GOLD))
+    before = judge.measure(reference, SAMPLES, config.seed, 0)
+    return judge, [
+        Stage("SFT", sft_seconds, {"loss": sft_result.metrics["loss"]}, before),
+        Stage("reward model", reward_seconds, {"accuracy": reward_result.metrics["eval/accuracy"]}),
+    ]
 
 
 def timed(stage: Callable[..., TrainResult], *arguments) -> tuple[TrainResult, float]:
@@ -219,27 +230,31 @@ def train_ppo(config: DemoConfig, folder: Path, judge: Judge, before: Measuremen
         "proxy": {"reward_model_path": str(folder / "reward" / "final"), "kl_coef": PROXY_BETA},
         "gold": {"reward": [GOLD], "kl_coef": GOLD_BETA},
     }
-    ppo_config = PPOConfig(
-        **common(config, folder / f"ppo-{name}"),
-        **goal[name],
-        model_name_or_path=str(folder / "sft" / "final"),
-        dataset_name=write_rows(folder / "prompts.jsonl", [{"prompt": task.PROMPT}]),
-        per_device_train_batch_size=64,
-        num_mini_batches=4,
-        num_ppo_epochs=1,  # with two, single steps went 6 and 13 nats off (seeds 1, 2); with one, no step passed 1.6
-        max_prompt_length=8,
-        total_episodes=PPO_STEPS * 256,
-        response_length=RESPONSE_LENGTH,
-        temperature=1.0,
-        missing_eos_penalty=MISSING_EOS_PENALTY,
-        learning_rate=3e-4,
-        sample_steps=0,
-    )
-    result, seconds = timed(ppo.train, ppo_config, watch)
+    settings = ppo_config(config, folder, folder / f"ppo-{name}", **goal[name])
+    result, seconds = timed(ppo.train, settings, watch)
     policy = load_language_model(str(result.final_dir), config)
     after = judge.measure(policy, SAMPLES, config.seed, 3)
     loss = {"value loss": result.metrics["loss/value_avg"]}
     return Stage(f"PPO ({name})", seconds, loss, after, curve)
+
+
+def ppo_config(config: DemoConfig, folder: Path, output: Path, **others) -> PPOConfig:
+    """PPO from the SFT model in `folder`; `others` are added, or stand in place of the demo's settings."""
+    settings = {
+        "model_name_or_path": str(folder / "sft" / "final"),
+        "dataset_name": write_rows(folder / "prompts.jsonl", [{"prompt": task.PROMPT}]),
+        "per_device_train_batch_size": 64,
+        "num_mini_batches": 4,
+        "num_ppo_epochs": 1,  # with two, single steps went 6 and 13 nats off (seeds 1, 2); with one, none passed 1.6
+        "max_prompt_length": 8,
+        "total_episodes": PPO_STEPS * 256,
+        "response_length": RESPONSE_LENGTH,
+        "temperature": 1.0,
+        "missing_eos_penalty": MISSING_EOS_PENALTY,
+        "learning_rate": 3e-4,
+        "sample_steps": 0,
+    }
+    return PPOConfig(**common(config, output), **settings | others)
 
 
 def common(config: DemoConfig, folder: Path) -> dict:
@@ -265,7 +280,6 @@ def summarize(config: DemoConfig, stages: list[Stage], seconds: float) -> dict:
     """Everything that the table and the checks read, for summary.json. The last stage is PPO on the gold reward."""
     before, after = stages[0].result, stages[-1].result
     optimum = task.known_optimum(before.gold, GOLD_BETA)
-    noise = float((after.gold - GOLD_BETA * after.kl).std()) / math.sqrt(SAMPLES)
     gold = {stage.name: stage.result.means()["gold"] for stage in stages if stage.result}
     return {
         "config": asdict(config),
@@ -274,7 +288,14 @@ def summarize(config: DemoConfig, stages: list[Stage], seconds: float) -> dict:
         "stages": [stage.figures() for stage in stages],
         "gold_gain": {name: reward - gold["SFT"] for name, reward in gold.items() if name != "SFT"},
         "optimum": asdict(optimum),
-        "score": optimum.score(float(after.gold.mean()), float(after.kl.mean())),
+        **score_of(after, optimum),
+    }
+
+
+def score_of(result: Measurement, optimum: task.KnownOptimum) -> dict[str, float]:
+    noise = float((result.gold - optimum.beta * result.kl).std()) / math.sqrt(len(result.gold))
+    return {
+        "score": optimum.score(float(result.gold.mean()), float(result.kl.mean())),
         "score_standard_error": noise / (optimum.objective - optimum.baseline),
     }
 

@@ -37,7 +37,7 @@ from rlhf.model import LanguageModel, Scorer, choose_device, save
 from rlhf.track import open_tracker
 from rlhf.types import TrainResult
 
-LOGS = ("metrics.jsonl", "samples.jsonl")  # rows with their step
+LOGS = ("metrics.jsonl", "samples.jsonl", "warnings.jsonl")  # rows with their step
 
 
 class Run:
@@ -165,9 +165,11 @@ class Run:
             with replacing(self.folder / "best") as folder:
                 save(model, folder)
 
-    def warn(self, lines: list[str]) -> None:
+    def warn(self, step: int, lines: list[str]) -> None:
+        """On the screen, and in warnings.jsonl."""
         for line in lines:
             say(line)
+        _append(self.folder / "warnings.jsonl", [{"step": step + 1, "warning": line} for line in lines])
 
     def samples(self, step: int, rows: list[dict]) -> None:
         write_samples(self.folder, [{"step": step + 1, **row} for row in rows])
@@ -220,7 +222,11 @@ def save_config(config: RunConfig) -> None:
 
 
 def write_samples(folder: Path, rows: list[dict]) -> None:
-    with (folder / "samples.jsonl").open("a", encoding="utf-8") as file:
+    _append(folder / "samples.jsonl", rows)
+
+
+def _append(path: Path, rows: list[dict]) -> None:
+    with path.open("a", encoding="utf-8") as file:
         file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
 
 

@@ -86,7 +86,7 @@ def train(
             if config.eval_steps and ((step + 1) % config.eval_steps == 0 or step + 1 == total):
                 metrics |= evaluate(models, config, held_out, run.state.setdefault("eval", {}))
                 run.keep_best(policy, config.best_metric, metrics)
-            run.warn(watch.check(step, metrics))
+            run.warn(step, watch.check(step, metrics))
             if config.sample_steps and step % config.sample_steps == 0:
                 run.samples(step, samples(rollout, experience))
             metrics = run.finish(step, metrics)

@@ -73,6 +73,24 @@ def gold_reward(prompts: list[str], completions: list[str], **columns: object) -
     return [gold(completion) for completion in completions]
 
 
+def very_reward(prompts: list[str], completions: list[str], **columns: object) -> list[float]:
+    """How often a review says ``very``: a second wish, in which the gold reward has no part."""
+    return [float(completion.split().count("very")) for completion in completions]
+
+
+def stepwise_gold_reward(
+    prompts: list[str], completions: list[str], completion_ids: list[list[int]], **columns: object
+) -> list[list[float]]:
+    """The gold reward paid out as it is earned: each word (a token) gets what it changes, and the sum is the same."""
+    rows = []
+    for completion, ids in zip(completions, completion_ids):
+        words = completion.split()
+        so_far = [gold(" ".join(words[:end])) for end in range(1, len(words) + 1)] or [gold("")]
+        changes = [after - before for before, after in zip([0.0, *so_far], so_far)]
+        rows.append(changes + [0.0] * (len(ids) - len(changes)))
+    return rows
+
+
 def prefer(first: str, second: str, rng: random.Random) -> tuple[str, str]:
     """(chosen, rejected) as a noisy judge has it: first wins with probability sigmoid(gold(first) - gold(second))."""
     first_wins = rng.random() < 1 / (1 + math.exp(gold(second) - gold(first)))

@@ -15,7 +15,7 @@ TRAINER = (
     "config_base", "config_ppo", "config", "types", "data", "attention", "model", "forward", "rollout", "reward",
     "optim", "checkpoint", "track", "log", "layout", "advantages", "losses", "evaluation", "watch", "sft",
     "reward_model", "ppo",
-    "memory", "init", "generate", "env", "task", "demo", "study", "cli", "__main__",
+    "memory", "init", "generate", "env", "task", "demo", "study_report", "study", "cli", "__main__",
 )  # fmt: skip
 
 
