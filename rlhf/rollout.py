@@ -108,7 +108,7 @@ class _Draw:
         scores = scores[:, : self.vocab_size]
         if not self.temperature:
             return scores
-        cumulated = torch.softmax(scores / self.temperature, -1, dtype=torch.float32).double().cumsum(-1)
+        cumulated = cumulated_probabilities(scores, self.temperature)
         total = cumulated[:, -1:]
         if not bool(total.isfinite().all()):
             raise ModelError("the model gives logits that are NaN or infinite: damaged weights, or training diverged")
@@ -116,6 +116,10 @@ class _Draw:
         # right: a token whose probability is 0 does not move the sum, and is passed over.
         token = torch.searchsorted(cumulated, drawn, right=True).clamp_(max=self.vocab_size - 1)
         return torch.full_like(scores, -torch.inf).scatter_(1, token, 0.0)
+
+
+def cumulated_probabilities(scores: Tensor, temperature: float) -> Tensor:  # (B, V) to (B, V) float64
+    return torch.softmax(scores / temperature, -1, dtype=torch.float32).double().cumsum(-1)
 
 
 def mix(*keys: int) -> int:
