@@ -66,8 +66,9 @@ def decode_inputs(
     return {"input_ids": token[:, None], "position_ids": position, "attention_mask": seen[:, None, None]}
 
 
-def enable_packing(module: nn.Module) -> str | None:
-    """Makes a transformers model take packed inputs, and returns None; or leaves it as it was, and returns why."""
+def enable_packing(module: nn.Module, probe: bool = True) -> str | None:
+    """Makes a transformers model take packed inputs, and returns None; or leaves it as it was, and returns why.
+    Without `probe` what would be tried is taken for granted."""
     from transformers import AttentionInterface
     from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
@@ -81,7 +82,7 @@ def enable_packing(module: nn.Module) -> str | None:
     try:
         with torch.no_grad():
             module.set_attn_implementation(NAME)
-            reason = _difference(module)
+            reason = _difference(module) if probe else None
     except Exception as error:  # models raise what their authors chose
         reason = f"{type(error).__name__}: {error!s:.200}"
     if reason:

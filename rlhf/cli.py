@@ -41,6 +41,8 @@ def main(argv: list[str] | None = None) -> None:
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     try:
         config = parse_config(command, getattr(configs, config_name), rest)
+        if getattr(config, "dry_run", False):
+            runner = "rlhf.memory:main"
         module, _, function = runner.partition(":")
         getattr(importlib.import_module(module), function)(config)
     except UsageError as error:

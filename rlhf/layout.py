@@ -93,7 +93,9 @@ def load_models(config: PPOConfig) -> Models:
         for module in models.modules.values():
             if hasattr(module, "gradient_checkpointing_enable"):
                 module.gradient_checkpointing_enable({"use_reentrant": False})
-    return replace(models, offloaded=offload(models)) if config.has("offload") else models
+    if not config.has("offload"):
+        return models
+    return replace(models, offloaded=untrained(models) if config.dry_run else offload(models))
 
 
 def frozen(model: LanguageModel, config: PPOConfig) -> LanguageModel:
@@ -170,17 +172,19 @@ def recomputing(models: Models, config: PPOConfig) -> Iterator[None]:
             layer.training = False
 
 
-def offload(models: Models) -> tuple[nn.Module, ...]:
-    """Moves to the host what is not trained and shares no weights with what is; pinned, where there is a GPU."""
+def untrained(models: Models) -> tuple[nn.Module, ...]:
+    """What is not trained and shares no weights with what is."""
     trained = {id(p) for module in models.modules.values() for p in module.parameters()}
     scorers = [reward.scorer.module for reward in models.rewards if reward.scorer]
-    moved = [
-        module
-        for module in (models.reference.module, *scorers)
-        if not any(id(p) in trained for p in module.parameters())
-    ]
+    modules = (models.reference.module, *scorers)
+    return tuple(module for module in modules if not any(id(p) in trained for p in module.parameters()))
+
+
+def offload(models: Models) -> tuple[nn.Module, ...]:
+    """Moves to the host what is not trained and shares no weights with what is; pinned, where there is a GPU."""
+    moved = untrained(models)
     for module in moved:
         for tensor in chain(module.parameters(), module.buffers()):
             on_host = tensor.data.cpu()
             tensor.data = on_host.pin_memory() if torch.cuda.is_available() else on_host
-    return tuple(moved)
+    return moved

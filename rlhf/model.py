@@ -66,6 +66,8 @@ class LanguageModel(_Loaded):
     @cached_property
     def head(self) -> rlhf_kernels.LMHead:
         """What the ops on hidden states need; where it is not fused, its `reason` says why and logits are formed."""
+        if self.device.type == "meta":  # of a dry run: nothing to probe
+            return rlhf_kernels.LMHead(self.module.get_decoder(), self.module.get_output_embeddings())
         return rlhf_kernels.lm_head_of(self.module)
 
     def head_options(self) -> dict:
@@ -114,7 +116,7 @@ def load_language_model(path: str, config: RunConfig) -> LanguageModel:
 
     device, dtype = choose_device(config)
     tokenizer = load_tokenizer(path)
-    module, missing = _load_module(AutoModelForCausalLM, path)
+    module, missing = _load_module(AutoModelForCausalLM, path, config)
     _refuse_missing(path, missing)
     reason = _prepare(module, device, config)
     return LanguageModel(module, tokenizer, *_special(module, tokenizer), dtype, reason)
@@ -128,7 +130,7 @@ def load_scorer(path: str, config: RunConfig, head: Literal["keep", "random", "z
     device, dtype = choose_device(config)
     tokenizer = load_tokenizer(path)
     with torch.random.fork_rng():
-        module, missing = _load_module(AutoModelForSequenceClassification, path, num_labels=1)
+        module, missing = _load_module(AutoModelForSequenceClassification, path, config, num_labels=1)
     if not isinstance(getattr(module, "score", None), nn.Linear):
         raise ModelError(f"{path}: {type(module).__name__} has no linear `score` head: expected a decoder")
     _refuse_missing(path, {name for name in missing if not name.startswith("score.")})
@@ -144,9 +146,10 @@ def load_scorer(path: str, config: RunConfig, head: Literal["keep", "random", "z
 
 def _prepare(module: nn.Module, device: torch.device, config: RunConfig) -> str | None:
     """Puts a module where it runs; returns why its sequences are padded, or None."""
-    module.to(device).eval()
+    weightless = module.device.type == "meta"  # of a dry run
+    (module if weightless else module.to(device)).eval()
     packs = getattr(config, "padding_free", True)
-    return attention.enable_packing(module) if packs else "padding_free is false"
+    return attention.enable_packing(module, probe=not weightless) if packs else "padding_free is false"
 
 
 def frozen_copy(model: LanguageModel) -> LanguageModel:
@@ -250,16 +253,25 @@ def _load(loader, path: str, model: nn.Module | None = None, **options):
         raise ModelError(f"{path}: cannot be loaded: {reason}") from error
 
 
-def _load_module(auto_class, path: str, **options) -> tuple[nn.Module, set[str]]:  # and the weights it had to make up
-    """A directory of adapters is loaded as the model that they make: merged into the weights of their base."""
-    adapter = Path(path) / ADAPTER
+def _load_module(auto_class, path: str, config: RunConfig, **options) -> tuple[nn.Module, set[str]]:
+    """The model and the names of the weights it had to make up. In a dry run it is built from config.json alone, on
+    the meta device. A directory of adapters gives the model that they make: merged into the weights of their base."""
+    dry, adapter = getattr(config, "dry_run", False), Path(path) / ADAPTER
     if adapter.is_file():
         base = json.loads(adapter.read_text(encoding="utf-8"))["base_model_name_or_path"]
         _check_directory(base)
-        module, missing = _load_module(auto_class, base, **options)
+        module, missing = _load_module(auto_class, base, config, **options)
+        if dry:
+            return module, missing
         module = _load(peft().PeftModel.from_pretrained, path, model=module).merge_and_unload()
         module.name_or_path = path
         return module, missing
+    if dry:
+        from transformers import AutoConfig
+
+        described = _load(AutoConfig.from_pretrained, path, **options)
+        with torch.device("meta"):
+            return auto_class.from_config(described, dtype=torch.float32, **_attention(path)), set()
     options |= {"dtype": torch.float32, "output_loading_info": True, **_attention(path)}
     module, info = _load(auto_class.from_pretrained, path, **options)
     return module, set(info["missing_keys"])

@@ -16,7 +16,7 @@ from torch import Tensor
 
 import rlhf_kernels
 from rlhf.advantages import score, with_advantages
-from rlhf.config import PPOConfig
+from rlhf.config import ConfigError, PPOConfig
 from rlhf.data import Dataset, TokenExample, load
 from rlhf.evaluation import evaluate, load_prompts, of_responses
 from rlhf.layout import Models, load_models, recomputing
@@ -37,6 +37,8 @@ def train(
     config: PPOConfig,
     on_step: Callable[[int, LanguageModel, dict[str, float]], None] | None = None,
 ) -> TrainResult:
+    if config.dry_run:
+        raise ConfigError("dry_run: expected false where a run trains: rlhf.memory.estimate(config) answers it")
     models = load_models(config)
     policy, size, source = models.policy, config.batch_size, (config.dataset_name, config.dataset_split)
     data = load(*source, policy.tokenizer, (), config.max_prompt_length, policy.eos_ids, policy.vocab_size)

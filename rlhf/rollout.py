@@ -130,7 +130,7 @@ def draw(
     logits = logits[:, :vocab_size]
     if not temperature:
         return logits.argmax(-1), logits.isfinite().all()
-    cumulated = torch.softmax(logits / temperature, -1, dtype=torch.float32).double().cumsum(-1)
+    cumulated = cumulated_probabilities(logits, temperature)
     total = cumulated[:, -1:]
     # right: a token whose probability is 0 does not move the sum, and is passed over.
     token = torch.searchsorted(cumulated, uniform * total, right=True).clamp_(max=vocab_size - 1)
@@ -179,6 +179,10 @@ def _sample_with_transformers(model: LanguageModel, ids, padding, sampling, seed
     finally:
         module.generation_config = own
     return found[:, ids.shape[1] :]
+
+
+def cumulated_probabilities(scores: Tensor, temperature: float) -> Tensor:  # (B, V) to (B, V) float64
+    return torch.softmax(scores / temperature, -1, dtype=torch.float32).double().cumsum(-1)
 
 
 def mix(*keys: int) -> int:
