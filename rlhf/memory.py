@@ -8,7 +8,6 @@ does not show: the optimizer's moments, and the chunk of logits inside an op on 
 
 from __future__ import annotations
 
-import inspect
 import os
 import resource
 import weakref
@@ -23,13 +22,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from rlhf.advantages import of_tokens
+from rlhf.attention import decode_inputs, prefill_inputs
 from rlhf.config import PPOConfig
 from rlhf.forward import token_scores
 from rlhf.layout import Models, load_models, recomputing
 from rlhf.losses import ppo_losses
 from rlhf.model import choose_device
 from rlhf.ppo import update
-from rlhf.rollout import cumulated_probabilities
+from rlhf.rollout import draw, only_last
 from rlhf.types import Experience, SequenceBatch
 
 MOMENTS = 2  # AdamW's, each of its parameter's size and dtype
@@ -262,28 +262,27 @@ def _experience(config: PPOConfig, count: int, device: torch.device) -> Experien
 @torch.no_grad()
 def _rollout(models: Models, config: PPOConfig, mode: FakeTensorMode, device: torch.device) -> tuple[int, int]:
     """(keys and values, what else is there at the most) of a whole batch: the prompts, and the last token."""
-    policy, size = models.policy, config.batch_size
-    keeps = "logits_to_keep" in inspect.signature(policy.module.forward).parameters
-    options = {"use_cache": True, **({"logits_to_keep": 1} if keeps else {})}
+    from transformers import DynamicCache
 
-    def step(tokens: int, seen: int, cache: object) -> object:
-        ids = torch.zeros(size, tokens, dtype=torch.long, device=device)
-        mask = torch.ones(size, seen, dtype=torch.long, device=device)
-        out = policy.module(input_ids=ids, attention_mask=mask, past_key_values=cache, **options)
-        logits = out.logits[:, -1].to(copy=True, dtype=torch.float32)
-        cumulated = cumulated_probabilities(logits[:, : policy.vocab_size], config.temperature)
-        torch.full_like(cumulated, 0.0, dtype=torch.float32)  # what is drawn, as scores
-        return out.past_key_values
-
-    total = config.max_prompt_length + config.response_length
+    policy, size, width = models.policy, config.batch_size, config.max_prompt_length
+    total = width + config.response_length
     with mode, policy.autocast(), Tracker(_gaps(device)) as tracker:
-        cache = step(config.max_prompt_length, config.max_prompt_length, None)
+        padding, cache = torch.zeros(size, dtype=torch.long, device=device), DynamicCache()
+        uniform = torch.zeros(size, 1, dtype=torch.float64, device=device)
+
+        def step(inputs: dict[str, Tensor]) -> None:
+            out = policy.module(**inputs, past_key_values=cache, use_cache=True, **only_last(policy.module, 1))
+            draw(out.logits[:, -1], config.temperature, policy.vocab_size, uniform)
+
+        step(prefill_inputs(torch.zeros(size, width, dtype=torch.long, device=device), padding))
         first = tracker.peak
-        if config.response_length > 1:
-            step(config.response_length - 1, total - 1, cache)
+        if config.response_length > 1:  # all tokens but one at once: for the cache that they leave
+            between = torch.zeros(size, config.response_length - 1, dtype=torch.long, device=device)
+            seen = torch.ones(size, 1, between.shape[1], total - 1, dtype=torch.bool, device=device)
+            step({"input_ids": between, "position_ids": between, "attention_mask": seen})
         tracker.peak = tracker.taken
-        step(1, total, cache)
-        held = tracker.live
+        step(decode_inputs(padding, padding, total - 1))
+    held = sum(x.nbytes for layer in cache.layers for x in (layer.keys, layer.values))
     return held, max(first, tracker.peak) - held
 
 

@@ -130,11 +130,55 @@ def draw(
     logits = logits[:, :vocab_size]
     if not temperature:
         return logits.argmax(-1), logits.isfinite().all()
-    cumulated = cumulated_probabilities(logits, temperature)
+    cumulated = torch.softmax(logits / temperature, -1, dtype=torch.float32).double().cumsum(-1)
     total = cumulated[:, -1:]
     # right: a token whose probability is 0 does not move the sum, and is passed over.
     token = torch.searchsorted(cumulated, uniform * total, right=True).clamp_(max=vocab_size - 1)
     return token[:, 0], total.isfinite().all()
+
+
+def _check_finite(finite: Tensor) -> None:
+    if not bool(finite):
+        raise ModelError("the model gives logits that are NaN or infinite: damaged weights, or training diverged")
+
+
+def _sample_with_transformers(model: LanguageModel, ids, padding, sampling, seed, should_stop) -> Tensor:
+    """The same tokens from transformers' own loop, for models that take no packed sequences."""
+    from transformers import GenerationConfig, LogitsProcessorList
+
+    module, cuda = model.module, [model.device] if model.device.type == "cuda" else []
+    ours = GenerationConfig(
+        max_new_tokens=sampling.max_new_tokens,
+        do_sample=False,  # of what is left by the draw
+        eos_token_id=list(model.eos_ids) or None,
+        pad_token_id=model.pad_id,
+    )
+    generator = torch.Generator(model.device).manual_seed(seed)
+
+    def leave_one(_, scores: Tensor) -> Tensor:
+        uniform = torch.rand(len(scores), 1, dtype=torch.float64, device=scores.device, generator=generator)
+        token, finite = draw(scores, sampling.temperature, model.vocab_size, uniform)
+        _check_finite(finite)
+        return torch.full_like(scores, -torch.inf).scatter_(1, token[:, None], 0.0)
+
+    def stop(ids: Tensor, scores: Tensor, **_) -> Tensor:
+        return torch.full((ids.shape[0],), should_stop(), device=ids.device)
+
+    mask = (torch.arange(ids.shape[1], device=ids.device) >= padding[:, None]).long()
+    # What ours leaves unset would be taken from the model's own configuration, so that one is set aside.
+    own, module.generation_config = module.generation_config, ours
+    try:
+        with torch.random.fork_rng(cuda):
+            found = module.generate(
+                input_ids=ids,
+                attention_mask=mask,
+                generation_config=ours,
+                logits_processor=LogitsProcessorList([leave_one]),
+                stopping_criteria=[stop],
+            )
+    finally:
+        module.generation_config = own
+    return found[:, ids.shape[1] :]
 
 
 def _check_finite(finite: Tensor) -> None:
