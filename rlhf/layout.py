@@ -90,12 +90,17 @@ def load_models(config: PPOConfig) -> Models:
         value.module.to(torch.bfloat16)
     models = Models(policy, value, reference, rewards, gold)
     if config.gradient_checkpointing:
-        for module in models.modules.values():
-            if hasattr(module, "gradient_checkpointing_enable"):
-                module.gradient_checkpointing_enable({"use_reentrant": False})
+        enable_checkpointing(models)
     if not config.has("offload"):
         return models
     return replace(models, offloaded=untrained(models) if config.dry_run else offload(models))
+
+
+def enable_checkpointing(models: Models) -> None:
+    """Makes it possible; `recomputing` does it."""
+    for module in models.modules.values():
+        if hasattr(module, "gradient_checkpointing_enable"):
+            module.gradient_checkpointing_enable({"use_reentrant": False})
 
 
 def frozen(model: LanguageModel, config: PPOConfig) -> LanguageModel:

@@ -25,7 +25,7 @@ from rlhf.advantages import of_tokens
 from rlhf.attention import decode_inputs, prefill_inputs
 from rlhf.config import PPOConfig
 from rlhf.forward import token_scores
-from rlhf.layout import Models, load_models, recomputing
+from rlhf.layout import Models, enable_checkpointing, load_models, recomputing
 from rlhf.losses import ppo_losses
 from rlhf.model import choose_device
 from rlhf.ppo import update
@@ -50,6 +50,7 @@ class Estimate:
     offloaded: int  # of these, on the host while nothing is scored
     gradients: int
     moments: int
+    loading: int  # the most weights at a time while they are loaded: in float32, whatever becomes of them
     activations: int  # of the largest micro-batch, kept for its backward pass
     activations_recomputed: int  # the same with gradient checkpointing
     head_chunk: int
@@ -72,7 +73,7 @@ class Estimate:
             "scoring": self.offloaded + self.scoring,
             "update": self.updating,
         }
-        return {name: self.held + size for name, size in made.items()}
+        return {"loading": self.process + self.loading, **{name: self.held + size for name, size in made.items()}}
 
     @property
     def peak_phase(self) -> str:
@@ -144,15 +145,19 @@ def main(config: PPOConfig) -> None:
 def estimate(config: PPOConfig) -> Estimate:
     config = replace(config, dry_run=True)
     device, _ = choose_device(config)
-    # with the hooks of checkpointing, which act in `recomputing` alone
-    models = load_models(replace(config, gradient_checkpointing=True))
+    with Tracker() as loading:
+        models = load_models(config)
     process = _resident() if device.type == "cpu" else 0
     weights, trained, offloaded = _weigh(models)
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     _materialize(models, mode, device)
     cache, sampling = _rollout(models, config, mode, device)
-    kept, again = (_activations(models, config, device, recompute) for recompute in (False, True))
+    scoring = _scoring(models, config, device)
     updating, chunk = _update(models, config, device)
+    kept = _activations(models, replace(config, gradient_checkpointing=False), device)
+    if all(getattr(module, "supports_gradient_checkpointing", True) for module in models.modules.values()):
+        enable_checkpointing(models)
+    again = _activations(models, replace(config, gradient_checkpointing=True), device)
     return Estimate(
         device=device,
         capacity=_capacity(device),
@@ -161,13 +166,14 @@ def estimate(config: PPOConfig) -> Estimate:
         offloaded=offloaded if device.type != "cpu" else 0,
         gradients=trained,
         moments=MOMENTS * trained,
+        loading=loading.peak,
         activations=kept,
         activations_recomputed=again,
         head_chunk=chunk,
         head_gradient=_head_gradient(models),
         cache=cache,
         sampling=sampling,
-        scoring=_scoring(models, config, device),
+        scoring=scoring,
         updating=updating,
         assumptions=_assumptions(models, config),
     )
@@ -299,9 +305,8 @@ def _scoring(models: Models, config: PPOConfig, device: torch.device) -> int:
     return max(peaks)
 
 
-def _activations(models: Models, config: PPOConfig, device: torch.device, recompute: bool) -> int:
+def _activations(models: Models, config: PPOConfig, device: torch.device) -> int:
     """What the backward pass of the largest micro-batch needs, the gradient of the head left out."""
-    config = replace(config, gradient_checkpointing=recompute)
     experience, one = _experience(config, _pass_size(config), device), torch.ones((), device=device)
     in_loss = config.kl_coef if config.kl_in == "loss" else 0.0
     with recomputing(models, config), Tracker() as tracker:

@@ -68,6 +68,13 @@ def test_parts_add_up_to_the_phases(config):
     assert found.gradients < found.updating and found.activations_recomputed < found.activations
 
 
+def test_loading_is_in_float32(config):
+    """Though what is frozen is bfloat16 in the end; the adapters come later."""
+    whole, half = (estimate(replace(config, memory_layout=["lora", *more])) for more in ([], ["frozen_bf16"]))
+    assert half.loading >= sum(whole.weights.values()) - 2 * whole.gradients
+    assert half.loading > sum(half.weights.values())
+
+
 def test_accumulation_holds_gradients_beside_activations(config):
     once, twice = (estimate(replace(config, gradient_accumulation_steps=n)) for n in (1, 2))
     assert twice.updating > once.updating and twice.activations == once.activations
