@@ -23,8 +23,9 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def config_for(tiny_model, corpus, **changes) -> PPOConfig:
-    """Ten held-out prompts in batches of eight and two."""
-    base = {"eval_dataset_name": corpus, "eval_steps": 1, "eval_prompts": 10, "temperature": 0.7, "report_to": "none"}
+    """Eleven held-out prompts in batches of eight and three."""
+    base = {"eval_dataset_name": corpus, "eval_steps": 1, "eval_prompts": 11, "temperature": 0.7, "report_to": "none"}
+    base |= {"reward": ["rewards_for_tests:count_good", "rewards_for_tests:lengths"], "reward_weights": [1.0, 0.1]}
     return ppo_config(tiny_model, **base | {"gold_reward": "rewards_for_tests:lengths"} | changes)
 
 
@@ -41,11 +42,12 @@ def test_a_policy_that_is_the_reference_wins_half(tiny_model, corpus):
     models = load_models(config)
     found = evaluate(models, config, load_prompts(config, models), {})
     assert found["eval/win_rate"] == 0.5 and found["eval/kl"] == 0.0
-    assert len(found) == 7
+    assert len(found) == 8
 
 
 def scores_of(rollout: Rollout, penalty: float) -> list[float]:
-    counted = [float(text.split().count("good")) for text in rollout.completions]
+    rows = zip(rollout.completions, rollout.completion_ids)
+    counted = [text.split().count("good") + 0.1 * len(ids) for text, ids in rows]
     return [score - penalty * (not ended) for score, ended in zip(counted, rollout.finished.tolist())]
 
 
@@ -54,7 +56,7 @@ def test_every_metric_by_hand(tiny_model, corpus, micro):
     config = config_for(tiny_model, corpus, missing_eos_penalty=0.75, per_device_train_batch_size=8)
     models = ending(models_of(config))
     prompts, state = load_prompts(config, models), {}
-    assert [len(batch.token_ids) for batch in prompts] == [8, 2]
+    assert [len(batch.token_ids) for batch in prompts] == [8, 3]
     found = evaluate(models, replace(config, per_device_train_batch_size=micro), prompts, state)
     sampling = Sampling(config.response_length, config.temperature)
     scores, against, lengths, ended, kls, words = [], [], [], [], [], []
@@ -73,9 +75,11 @@ def test_every_metric_by_hand(tiny_model, corpus, micro):
     expected = {
         "eval/score": sum(scores), "eval/kl": sum(kls), "eval/length": sum(lengths), "eval/eos_rate": sum(ended),
         "eval/win_rate": sum(wins), "eval/gold": sum(lengths), "eval/rewards/rewards_for_tests:count_good": sum(words),
+        "eval/rewards/rewards_for_tests:lengths": sum(lengths),
     }  # fmt: skip
-    assert found == pytest.approx({name: total / 10 for name, total in expected.items()}, rel=1e-5, abs=1e-6)
+    assert found == pytest.approx({name: total / 11 for name, total in expected.items()}, rel=1e-5, abs=1e-6)
     assert state["reference_scores"] == pytest.approx(against)
+    assert sum(lengths[:8]) / 8 != sum(lengths[8:]) / 3
     assert 0 < found["eval/eos_rate"] < 1 and found["eval/win_rate"] != 0.5 and abs(found["eval/kl"]) > 1e-3
 
 

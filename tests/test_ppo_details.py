@@ -15,7 +15,8 @@ from test_losses import ppo_config
 from test_ppo_invariance import KeepGradients, far, models_of, sampled
 
 import rlhf_kernels
-from rlhf import ppo
+from rlhf import advantages, ppo
+from rlhf import rollout as rollouts
 from rlhf.advantages import score, with_advantages
 from rlhf.config import InitConfig, PPOConfig, RunConfig
 from rlhf.forward import response_logprobs, response_values, sequence_scores
@@ -118,18 +119,27 @@ def test_a_response_that_any_eos_ended_has_no_penalty(tiny_model):
     assert len(set(ends) & {2, 5, 9, 11, 12}) > 1
 
 
-def test_sampled_tokens_are_not_encoded_again(corpus, tmp_path):
+def test_sampled_tokens_are_not_encoded_again(corpus, tmp_path, monkeypatch):
     """TRL#5224, SkyRL#123: text decoded and encoded again has other tokens than were sampled."""
     sizes = {"vocab_size": 300, "hidden_size": 32, "num_hidden_layers": 1}
     path = init(InitConfig(dataset_name=corpus, output_dir=str(tmp_path / "bpe"), tokenizer="bpe", **sizes))
     config = ppo_config(str(path))
-    models = load_models(config)
+    models, drawn, call = load_models(config), [], rollouts.read
+
+    def watched(model, prompts, new_ids):
+        drawn.extend(new_ids)
+        return call(model, prompts, new_ids)
+
+    monkeypatch.setattr(rollouts, "read", watched)
     rollout = generate(models.policy, PromptBatch([[70, 71], [80]] * 4, ["text"] * 8, {}), Sampling(12), seed=(1,))
-    again = [models.policy.tokenizer(text)["input_ids"] for text in rollout.completions]
-    assert again != rollout.completion_ids
     experience, _ = score(rollout, models, config)
-    for row, ids in enumerate(rollout.completion_ids):
-        assert experience.sequences.rows(torch.tensor([row])).response_ids.tolist() == ids
+    again = [models.policy.tokenizer(text)["input_ids"] for text in rollout.completions]
+    eos = models.policy.eos_ids[0]
+    for row, ids in enumerate(drawn):
+        expected = ids[: ids.index(eos) + 1] if eos in ids else ids
+        assert experience.sequences.rows(torch.tensor([row])).response_ids.tolist() == expected
+        assert rollout.completion_ids[row] == expected
+    assert sum(a != ids for a, ids in zip(again, drawn)) > 4
 
 
 # What is formed at all
@@ -200,6 +210,30 @@ def test_the_first_ratio_is_1_in_bfloat16_too(tiny_model, tiny_reward_model, cor
     ppo.train(config, on_step=lambda step, policy, metrics: rows.append(dict(metrics)))
     assert [row["val/ratio_first"] for row in rows] == [1.0, 1.0]
     assert rows[0]["objective/kl"] == 0.0 and abs(rows[1]["objective/kl"]) > 1e-4 and rows[1]["val/ratio"] != 1.0
+
+
+@pytest.mark.parametrize("tokens", [None, 30])
+def test_scoring_and_the_first_epoch_have_the_same_micro_batches(tiny_model, corpus, tmp_path, monkeypatch, tokens):
+    """verl#6280: the size of a product decides how it is rounded, so that the same rows beside others are no longer
+    the same numbers."""
+    scored, trained, of_tokens, losses = [], [], advantages.of_tokens, ppo.ppo_losses
+
+    def watched(part, *rest):
+        scored.append(part.ids.tolist())
+        return of_tokens(part, *rest)
+
+    def watched_losses(models, experience, *rest):
+        trained.append(experience.sequences.ids.tolist())
+        return losses(models, experience, *rest)
+
+    monkeypatch.setattr(advantages, "of_tokens", watched)
+    monkeypatch.setattr(ppo, "ppo_losses", watched_losses)
+    changes = {"dataset_name": corpus, "output_dir": str(tmp_path / "run"), "micro_batch_tokens": tokens}
+    changes |= {"per_device_train_batch_size": 3, "gradient_accumulation_steps": 2, "num_mini_batches": 2}
+    changes |= {"num_ppo_epochs": 2, "max_steps": 1, "sample_steps": 0, "report_to": "none"}
+    ppo.train(ppo_config(tiny_model, **changes))
+    assert len(scored) > 3 and trained[: len(scored)] == scored
+    assert len(trained) > len(scored) and trained[len(scored) :] != scored
 
 
 def test_bfloat16_differences_are_taken_in_float32(tiny_model):
