@@ -177,3 +177,22 @@ def test_clipping_is_by_model():
     assert float(guard.step(torch.tensor(1.0))) == pytest.approx(200.0)
     assert (modules[0].weight - before[0]).norm().item() == pytest.approx(1.0, rel=1e-4)
     assert (modules[1].weight - before[1]).norm().item() == pytest.approx(0.2, rel=1e-4)
+
+
+def test_bf16_weights_move_by_small_steps_in_the_mean():
+    """At 3e-6 a step, rounding to nearest leaves nearly all bfloat16 weights where they are."""
+    found = {}
+    for optim in ("adamw", "adamw_bf16"):
+        module = nn.Linear(256, 256, bias=False).bfloat16()
+        nn.init.normal_(module.weight, std=0.02, generator=torch.Generator().manual_seed(0))
+        before = module.weight.detach().float()
+        config = PPOConfig(**SFT, reward=["a:b"], optim=optim)
+        guard = StepGuard(make_optimizer([(module, 3e-6)], config), [module], max_norm=1e9)
+        for _ in range(20):
+            module.weight.grad = torch.ones_like(module.weight)
+            guard.step(torch.zeros(()))
+        assert guard.check() == 0 and {s.dtype for s in guard.optimizer.state[module.weight].values() if s.dim()} == {
+            torch.bfloat16
+        }
+        found[optim] = float((module.weight.detach().float() - before).mean())
+    assert found["adamw_bf16"] == pytest.approx(-6e-5, rel=0.1) and abs(found["adamw"]) < 1e-5
