@@ -177,3 +177,19 @@ def test_clipping_is_by_model():
     assert float(guard.step(torch.tensor(1.0))) == pytest.approx(200.0)
     assert (modules[0].weight - before[0]).norm().item() == pytest.approx(1.0, rel=1e-4)
     assert (modules[1].weight - before[1]).norm().item() == pytest.approx(0.2, rel=1e-4)
+
+
+def test_a_loss_on_the_host_and_a_module_without_gradients_do_no_harm_on_a_device():
+    """torch takes the norm of no gradients on the host, and stacks nothing of two devices."""
+
+    class Steps:
+        def step(self) -> None:
+            pass
+
+        def zero_grad(self, set_to_none: bool) -> None:
+            pass
+
+    trained, idle = nn.Linear(2, 1, device="meta"), nn.Linear(2, 1, device="meta")
+    trained(torch.ones(1, 2, device="meta")).sum().backward()
+    guard = StepGuard(Steps(), [trained, idle], max_norm=1.0)
+    assert guard.step(torch.tensor(1.0)).device.type == guard.optimizer.found_inf.device.type == "meta"
