@@ -73,20 +73,36 @@ def enable_packing(module: nn.Module) -> str | None:
 
     if "position_ids" not in inspect.signature(module.base_model.forward).parameters:
         return f"{type(module).__name__} takes no position_ids"
-    AttentionInterface.register(NAME, attend)
     AttentionMaskInterface.register(NAME, sdpa_mask)
-    before = module.config._attn_implementation
+    before, windows = module.config._attn_implementation, set()
     if before != "sdpa":
         return f"{type(module).__name__} runs with {before} attention, not sdpa"
+
+    def watched(*args, **options):
+        windows.add(options.get("sliding_window"))
+        return attend(*args, **options)
+
     try:
+        AttentionInterface.register(NAME, watched)
         with torch.no_grad():
             module.set_attn_implementation(NAME)
-            reason = _difference(module)
+            reason = _difference(module) or _unheard_window(module, windows)
     except Exception as error:  # models raise what their authors chose
         reason = f"{type(error).__name__}: {error!s:.200}"
+    finally:
+        AttentionInterface.register(NAME, attend)
     if reason:
         module.set_attn_implementation(before)
     return reason
+
+
+def _unheard_window(module: nn.Module, windows: set[int | None]) -> str | None:
+    """A window that stands in the model's mask alone, which packed inputs replace. It is longer than the probe."""
+    config = module.config.get_text_config()
+    window, longest = getattr(config, "sliding_window", None), getattr(config, "max_position_embeddings", None)
+    if not window or window in windows or (longest and window >= longest):
+        return None
+    return f"{type(module).__name__} does not hand its window of {window} tokens to attention"
 
 
 def _difference(module: nn.Module) -> str | None:
