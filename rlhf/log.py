@@ -157,9 +157,6 @@ class Run:
         """Writes the model to best/ where the named metric is the highest so far."""
         if name is None:
             return
-        if name not in metrics:
-            found = ", ".join(sorted(key for key in metrics if key.startswith("eval/")))
-            raise UsageError(f"best_metric: expected a metric of the evaluations, such as {found}; got {name!r}")
         if metrics[name] > self.state.get("best", -math.inf):
             self.state["best"] = metrics[name]
             with replacing(self.folder / "best") as folder:

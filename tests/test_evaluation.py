@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 from test_losses import ppo_config
 from test_ppo_invariance import models_of
+from tiny_models import write_jsonl
 
 from rlhf import evaluation, ppo
 from rlhf.config import PPOConfig, UsageError
@@ -121,6 +123,21 @@ def test_evaluations_come_every_so_many_steps_and_after_the_last(tiny_model, cor
 
 
 def test_a_best_metric_that_no_evaluation_has_is_named(tiny_model, corpus, tmp_path):
+    """Before the first step, not after it."""
     config = run_config(tiny_model, corpus, tmp_path, max_steps=1, best_metric="eval/scores", eval_prompts=2)
     with pytest.raises(UsageError, match=r"best_metric: expected a metric .* eval/score, .* got 'eval/scores'"):
         ppo.train(config)
+    assert not (Path(config.output_dir) / "metrics.jsonl").exists()
+
+
+@pytest.mark.parametrize("name", ["eval/win_rate", "eval/gold", "eval/rewards/rewards_for_tests:count_good"])
+def test_every_metric_of_an_evaluation_can_be_the_best(tiny_model, corpus, name):
+    config = config_for(tiny_model, corpus, best_metric=name)
+    models = load_models(config)
+    assert name in evaluate(models, config, load_prompts(config, models), {})
+
+
+def test_held_out_prompts_that_are_not_there_are_named(tiny_model, corpus, tmp_path):
+    config = config_for(tiny_model, corpus, eval_dataset_name=write_jsonl(tmp_path / "none.jsonl", []))
+    with pytest.raises(UsageError, match=r"none\.jsonl: no usable row"):
+        load_prompts(config, load_models(config))
