@@ -57,10 +57,11 @@ class Run:
         optimizer: torch.optim.Optimizer,
         dataset: Dataset,
         total: int,
+        others: dict[str, str] | None = None,  # fingerprints of what is read beside the dataset
     ):
         self.config, self.modules, self.optimizer, self.total = config, modules, optimizer, total
         self.folder = make_folder(config)
-        self.identity = identity_of(config, dataset.fingerprint())
+        self.identity = identity_of(config, dataset.fingerprint()) | (others or {})
         self.state: dict = {"metrics": {}}  # the last step's, and the trainer's own numbers: part of every checkpoint
         self.completed = 0
         self.stop = StopSignal()

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
+from dataclasses import astuple
 from functools import reduce
 from operator import add
 
@@ -17,7 +18,7 @@ from torch import Tensor
 import rlhf_kernels
 from rlhf.advantages import score, with_advantages
 from rlhf.config import PPOConfig
-from rlhf.data import Dataset, TokenExample, load
+from rlhf.data import Dataset, TokenExample, fingerprint, load
 from rlhf.evaluation import evaluate, load_prompts
 from rlhf.layout import Models, load_models, recomputing
 from rlhf.log import Clock, Run
@@ -47,7 +48,10 @@ def train(
     sampling = Sampling(config.response_length, config.temperature)
     total = config.max_steps if config.max_steps > 0 else math.ceil(config.total_episodes / size)
 
-    with Run(config, models.modules, optimizer, data, total) as run:
+    others = {} if supervised is None else {"ptx_dataset": supervised.fingerprint()}
+    if held_out:
+        others["eval_dataset"] = fingerprint(map(astuple, held_out))
+    with Run(config, models.modules, optimizer, data, total, others) as run:
         kl = KLController(run.state.get("kl_coef", config.kl_coef), config.kl_target, config.kl_horizon)
         guard = StepGuard(optimizer, list(models.modules.values()), config.max_grad_norm, run.state)
         watch, moments = Watch(config, run.state), run.state.setdefault("reward_moments", {})
