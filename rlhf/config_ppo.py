@@ -36,7 +36,7 @@ class PPOConfig(TrainConfig):
     length_penalty_after: int = 0
     """Response tokens that cost nothing."""
     score_clip: float | None = None
-    """Bound on the absolute score of a response, before penalties are taken off."""
+    """Bound on the absolute score of a response, or of each token where a reward gives them, before the penalties."""
 
     memory_layout: list[Layout] = field(default_factory=lambda: ["separate"])
     """separate, shared_value (value head on the policy's trunk) or lora (adapters; policy and reference share weights,

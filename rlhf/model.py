@@ -149,6 +149,13 @@ def _prepare(module: nn.Module, device: torch.device, config: RunConfig) -> str 
     return attention.enable_packing(module) if packs else "padding_free is false"
 
 
+def to_bfloat16(module: nn.Module) -> None:
+    """Weights alone, as transformers loads them: in bfloat16 the frequencies of rotary embeddings, which are buffers,
+    turn a token at position 1,000 by up to two radians too much or too little."""
+    for parameter in module.parameters():
+        parameter.data = parameter.data.to(torch.bfloat16)
+
+
 def frozen_copy(model: LanguageModel) -> LanguageModel:
     return replace(model, module=copy.deepcopy(model.module).requires_grad_(False))
 
@@ -170,9 +177,22 @@ def with_adapters(model: LanguageModel | Scorer, config: PPOConfig) -> LanguageM
         base_model_name_or_path=model.module.name_or_path,
         task_type="CAUSAL_LM" if isinstance(model, LanguageModel) else "SEQ_CLS",
     )
+    ends = module.get_input_embeddings(), module.get_output_embeddings()
     with torch.random.fork_rng():
         torch.manual_seed(config.seed)
-        module.add_adapter(settings)
+        try:
+            module.add_adapter(settings)
+        except ValueError as error:  # no module of that name, or of a kind that takes no adapter
+            raise UsageError(f"lora_target_modules: {' '.join(str(error).split()):.300}") from error
+    for parameter in module.parameters():
+        if parameter.requires_grad:  # peft gives adapters the type of what they adapt
+            parameter.data = parameter.data.float()
+    tied = ends[1] is not None and ends[0].weight is ends[1].weight
+    if tied and ends != (module.get_input_embeddings(), module.get_output_embeddings()):
+        raise UsageError(
+            "lora_target_modules: expected modules below the head, got the head or the embedding, which are one matrix "
+            f"in {model.module.name_or_path}: merged into it, an adapter of one would change both"
+        )
     return replace(model, module=module.eval())
 
 
@@ -257,9 +277,11 @@ def _load_module(auto_class, path: str, **options) -> tuple[nn.Module, set[str]]
         base = json.loads(adapter.read_text(encoding="utf-8"))["base_model_name_or_path"]
         _check_directory(base)
         module, missing = _load_module(auto_class, base, **options)
-        module = _load(peft().PeftModel.from_pretrained, path, model=module).merge_and_unload()
+        settings = _load(peft().PeftConfig.from_pretrained, path)
+        settings.task_type = None  # of a policy's adapters it would refuse the scorer that is begun from them
+        module = _load(peft().PeftModel.from_pretrained, path, model=module, config=settings).merge_and_unload()
         module.name_or_path = path
-        return module, missing
+        return module.requires_grad_(True), missing  # peft froze it
     options |= {"dtype": torch.float32, "output_loading_info": True, **_attention(path)}
     module, info = _load(auto_class.from_pretrained, path, **options)
     return module, set(info["missing_keys"])

@@ -81,6 +81,8 @@ def train(
             clock.lap("update")
             metrics |= summarize(rollout, experience, updates, config, kl.coef) | clock.laps
             metrics |= {"lr": rate, "episode": (step + 1) * size, "skipped_steps": guard.check()}
+            if step < config.value_warmup_steps:
+                metrics["policy/entropy_avg"] = math.nan  # the policy was not run: no first value to compare with
             watched = metrics["policy/entropy_avg"], metrics["objective/kl"]
             metrics |= health(rollout.completion_ids, rollout.finished, experience.scores.cpu(), *watched, gold)
             kl = kl.update(metrics["objective/kl"], size)

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from rlhf.config import PPOConfig, UsageError
 from rlhf.forward import sequence_scores, token_scores
-from rlhf.model import LanguageModel, Scorer, load_scorer, same_vocabulary
+from rlhf.model import LanguageModel, Scorer, load_scorer, same_vocabulary, to_bfloat16
 from rlhf.types import Rollout, SequenceBatch, pad_sequences
 
 
@@ -55,7 +55,7 @@ def _frozen(path: str, config: PPOConfig) -> Scorer:
     scorer = load_scorer(path, config)
     scorer.module.requires_grad_(False)
     if config.has("frozen_bf16"):
-        scorer.module.to(torch.bfloat16)
+        to_bfloat16(scorer.module)
     return scorer
 
 
