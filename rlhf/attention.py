@@ -66,31 +66,51 @@ def decode_inputs(
     return {"input_ids": token[:, None], "position_ids": position, "attention_mask": seen[:, None, None]}
 
 
-def enable_packing(module: nn.Module, probe: bool = True) -> str | None:
-    """Makes a transformers model take packed inputs, and returns None; or leaves it as it was, and returns why.
-    Without `probe` what would be tried is taken for granted."""
+def enable_packing(
+    module: nn.Module,
+    compute_dtype: torch.dtype = torch.float32,  # by autocast
+    probe: bool = True,  # without it what would be tried is taken for granted
+) -> str | None:
+    """Makes a transformers model take packed inputs, and returns None; or leaves it as it was, and returns why."""
     from transformers import AttentionInterface
     from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
     if "position_ids" not in inspect.signature(module.base_model.forward).parameters:
         return f"{type(module).__name__} takes no position_ids"
-    AttentionInterface.register(NAME, attend)
     AttentionMaskInterface.register(NAME, sdpa_mask)
-    before = module.config._attn_implementation
+    before, windows = module.config._attn_implementation, set()
     if before != "sdpa":
         return f"{type(module).__name__} runs with {before} attention, not sdpa"
+
+    def watched(*args, **options):
+        windows.add(options.get("sliding_window"))
+        return attend(*args, **options)
+
     try:
-        with torch.no_grad():
+        AttentionInterface.register(NAME, watched)
+        half = compute_dtype != torch.float32
+        with torch.no_grad(), torch.autocast(module.device.type, dtype=compute_dtype, enabled=half):
             module.set_attn_implementation(NAME)
-            reason = _difference(module) if probe else None
+            reason = (_difference(module, compute_dtype) or _unheard_window(module, windows)) if probe else None
     except Exception as error:  # models raise what their authors chose
         reason = f"{type(error).__name__}: {error!s:.200}"
+    finally:
+        AttentionInterface.register(NAME, attend)
     if reason:
         module.set_attn_implementation(before)
     return reason
 
 
-def _difference(module: nn.Module) -> str | None:
+def _unheard_window(module: nn.Module, windows: set[int | None]) -> str | None:
+    """A window that stands in the model's mask alone, which packed inputs replace. It is longer than the probe."""
+    config = module.config.get_text_config()
+    window, longest = getattr(config, "sliding_window", None), getattr(config, "max_position_embeddings", None)
+    if not window or window in windows or (longest and window >= longest):
+        return None
+    return f"{type(module).__name__} does not hand its window of {window} tokens to attention"
+
+
+def _difference(module: nn.Module, compute_dtype: torch.dtype) -> str | None:
     """Whether hidden states of packed segments, and of a row continued over a cache, are those of each alone."""
     from transformers import DynamicCache
 
@@ -112,7 +132,7 @@ def _difference(module: nn.Module) -> str | None:
     found = torch.cat([packed, continued])
     expected = torch.cat([*alone, alone[0][-1:], alone[1][-1:]])
     error = float((found - expected).abs().max() / expected.abs().max())
-    allowed = max(1e-4, 8 * torch.finfo(packed.dtype).eps)
+    allowed = max(1e-4, 8 * max(torch.finfo(dtype).eps for dtype in (packed.dtype, compute_dtype)))
     return None if error <= allowed else f"packed and unpacked hidden states differ by {error:.1e} of the largest"
 
 
@@ -136,6 +156,9 @@ def attend(
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, scaling=scaling, sliding_window=sliding_window, **options
         )
+    if torch.is_autocast_enabled(query.device.type):  # as SDPA does by itself: rotary embeddings leave float32
+        dtype = torch.get_autocast_dtype(query.device.type)
+        query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
     if asked := [name for name in UNHEEDED if options.get(name) is not None]:
         raise NotImplementedError(f"attention with {', '.join(asked)}")
     if query.is_cuda and query.dtype in (torch.float16, torch.bfloat16) and _flash():

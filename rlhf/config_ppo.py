@@ -139,7 +139,7 @@ class PPOConfig(TrainConfig):
     """Held-out prompts."""
     eval_prompts: int = 128
     """Prompts in an evaluation, from the start of eval_dataset_name."""
-    best_metric: str | None = None
+    metric_for_best_model: str | None = None
     """Metric of the evaluations whose highest value keeps the policy in best/, such as eval/score."""
     warn_kl: float | None = 20.0
     """Warn when the KL of a response exceeds this many nats."""
@@ -238,7 +238,7 @@ class PPOConfig(TrainConfig):
             raise ConfigError("ptx_dataset_name: expected together with ptx_coef > 0, got one of them")
         if (self.eval_steps > 0) != (self.eval_dataset_name is not None):
             raise ConfigError("eval_dataset_name: expected together with eval_steps > 0, got one of them")
-        if self.best_metric is not None and not self.eval_steps:
+        if self.metric_for_best_model is not None and not self.eval_steps:
             raise ConfigError(
-                "best_metric: expected evaluations to take it from: give eval_dataset_name and eval_steps"
+                "metric_for_best_model: expected evaluations to take it from: give eval_dataset_name and eval_steps"
             )

@@ -75,11 +75,14 @@ class Dataset:
 
     def fingerprint(self) -> str:
         """Of all that training reads. Of a column that is no JSON the type counts: its repr may hold an address."""
-        digest = hashlib.sha256()
-        for e in self.examples:
-            row = e.prompt, e.completions, e.text, e.columns
-            digest.update(json.dumps(row, default=lambda value: type(value).__name__).encode())
-        return digest.hexdigest()
+        return fingerprint((e.prompt, e.completions, e.text, e.columns) for e in self.examples)
+
+
+def fingerprint(rows: Iterable) -> str:
+    digest = hashlib.sha256()
+    for row in rows:
+        digest.update(json.dumps(row, default=lambda value: type(value).__name__).encode())
+    return digest.hexdigest()
 
 
 def plan(count: int, batch_size: int, epochs: float, max_steps: int) -> list[tuple[int, int]]:

@@ -7,8 +7,8 @@ from itertools import islice
 import torch
 from torch import Tensor
 
-from rlhf.config import PPOConfig
-from rlhf.data import read_rows, tokenize
+from rlhf.config import PPOConfig, UsageError
+from rlhf.data import DataError, read_rows, tokenize
 from rlhf.forward import token_logprobs
 from rlhf.layout import Models
 from rlhf.model import LanguageModel
@@ -25,6 +25,9 @@ def load_prompts(config: PPOConfig, models: Models) -> list[PromptBatch]:
         return []
     policy, rows = models.policy, islice(read_rows(config.eval_dataset_name, config.dataset_split), config.eval_prompts)
     data = tokenize(rows, policy.tokenizer, (), config.max_prompt_length, policy.eos_ids, policy.vocab_size)
+    if not len(data):
+        raise DataError(f"{config.eval_dataset_name}: no usable row")
+    _check_best_metric(config, models)
     models.check_context(data.longest_prompt + config.response_length, "longest held-out prompt + response_length")
     batches = []
     for start in range(0, len(data), config.batch_size):
@@ -38,7 +41,7 @@ def load_prompts(config: PPOConfig, models: Models) -> list[PromptBatch]:
 @torch.no_grad()
 def evaluate(models: Models, config: PPOConfig, prompts: list[PromptBatch], state: dict) -> dict[str, float]:
     """eval/score, eval/kl (nats a response), eval/length, eval/eos_rate, eval/win_rate over the reference by the score
-    (ties count half), the mean of each reward, and eval/gold. The same random numbers every time: what changes is the
+    (ties count half), the mean of each reward, and eval/gold. Rewards are weighted and not normalised. The same random numbers every time: what changes is the
     policy. `state` keeps the reference's scores, a part of checkpoints."""
     sampling = Sampling(config.response_length, config.temperature)
     scores, parts, kls, lengths, finished, gold = [], [], [], [], [], []
@@ -78,6 +81,15 @@ def response_kl(policy: LanguageModel, reference: LanguageModel, rollout: Rollou
         ours, theirs = (token_logprobs(model, part, config.temperature)[0] for model in (policy, reference))
         kl[rows.to(kl.device)] = part.unpack(ours - theirs).sum(1)
     return kl
+
+
+def _check_best_metric(config: PPOConfig, models: Models) -> None:
+    names = ["score", "kl", "length", "eos_rate", "win_rate", *["gold"] * (models.gold is not None)]
+    names = [f"eval/{name}" for name in (*names, *(f"rewards/{reward.name}" for reward in models.rewards))]
+    if config.metric_for_best_model not in (None, *names):
+        raise UsageError(
+            f"metric_for_best_model: expected a metric of the evaluations, {', '.join(names)}; got {config.metric_for_best_model!r}"
+        )
 
 
 def of_responses(reward: Reward, rollout: Rollout) -> Tensor:  # (B,)

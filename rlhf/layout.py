@@ -30,6 +30,7 @@ from rlhf.model import (
     load_language_model,
     load_scorer,
     same_vocabulary,
+    to_bfloat16,
     value_on_trunk,
     with_adapters,
 )
@@ -76,7 +77,7 @@ class Models:
 def load_models(config: PPOConfig) -> Models:
     base, half = load_language_model(config.model_name_or_path, config), config.optim == "adamw_bf16"
     if half:  # before the reference is made of it, which is the initial policy to the bit
-        base.module.to(torch.bfloat16)
+        to_bfloat16(base.module)
     say_how_logprobs_are_formed(base)
     rewards = load_rewards(config, base)
     gold = function_reward(config.gold_reward) if config.gold_reward else None
@@ -85,9 +86,11 @@ def load_models(config: PPOConfig) -> Models:
         policy = with_adapters(reference, config)
     else:
         reference, policy = frozen(frozen_copy(base), config), base
+    if config.kl_estimator == "full" and not policy.head.fused:
+        raise ModelError(f"kl_estimator: full needs hidden states, use k1 or k3: {policy.head.reason}")
     value = load_value(config, policy, reference, rewards) if config.advantage == "gae" else None
     if half and value is not None:
-        value.module.to(torch.bfloat16)
+        to_bfloat16(value.module)
     models = Models(policy, value, reference, rewards, gold)
     if config.gradient_checkpointing:
         enable_checkpointing(models)
@@ -103,10 +106,10 @@ def enable_checkpointing(models: Models) -> None:
             module.gradient_checkpointing_enable({"use_reentrant": False})
 
 
-def frozen(model: LanguageModel, config: PPOConfig) -> LanguageModel:
+def frozen(model: LanguageModel | Scorer, config: PPOConfig) -> LanguageModel | Scorer:
     model.module.requires_grad_(False)
     if config.has("frozen_bf16"):
-        model.module.to(torch.bfloat16)
+        to_bfloat16(model.module)
     return model
 
 
@@ -128,7 +131,7 @@ def load_value(
         value = load_scorer(start, config, head="zero")
         if not same_vocabulary(value, policy):
             raise ModelError(f"value_model_path: {start} has another vocabulary than the policy")
-        return with_value_adapters(value, config) if lora else value
+        return with_value_adapters(frozen(value, config), config) if lora else value
     readable = [r.scorer for r in rewards if r.scorer and same_vocabulary(r.scorer, policy)]
     if readable and lora:
         return with_value_adapters(readable[0], config)

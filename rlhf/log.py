@@ -57,10 +57,11 @@ class Run:
         optimizer: torch.optim.Optimizer,
         dataset: Dataset,
         total: int,
+        others: dict[str, str] | None = None,  # fingerprints of what is read beside the dataset
     ):
         self.config, self.modules, self.optimizer, self.total = config, modules, optimizer, total
         self.folder = make_folder(config)
-        self.identity = identity_of(config, dataset.fingerprint())
+        self.identity = identity_of(config, dataset.fingerprint()) | (others or {})
         self.state: dict = {"metrics": {}}  # the last step's, and the trainer's own numbers: part of every checkpoint
         self.completed = 0
         self.stop = StopSignal()
@@ -157,9 +158,6 @@ class Run:
         """Writes the model to best/ where the named metric is the highest so far."""
         if name is None:
             return
-        if name not in metrics:
-            found = ", ".join(sorted(key for key in metrics if key.startswith("eval/")))
-            raise UsageError(f"best_metric: expected a metric of the evaluations, such as {found}; got {name!r}")
         if metrics[name] > self.state.get("best", -math.inf):
             self.state["best"] = metrics[name]
             with replacing(self.folder / "best") as folder:

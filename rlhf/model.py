@@ -118,7 +118,7 @@ def load_language_model(path: str, config: RunConfig) -> LanguageModel:
     tokenizer = load_tokenizer(path)
     module, missing = _load_module(AutoModelForCausalLM, path, config)
     _refuse_missing(path, missing)
-    reason = _prepare(module, device, config)
+    reason = _prepare(module, device, dtype, config)
     return LanguageModel(module, tokenizer, *_special(module, tokenizer), dtype, reason)
 
 
@@ -138,18 +138,25 @@ def load_scorer(path: str, config: RunConfig, head: Literal["keep", "random", "z
         if head == "keep":
             raise ModelError(f"{path}: has no reward head: train one with `rlhf reward`")
         _init_head(module.score, head, config.seed)
-    reason = _prepare(module, device, config)
+    reason = _prepare(module, device, dtype, config)
     scorer = Scorer(module, tokenizer, *_special(module, tokenizer), dtype, reason)
     module.config.pad_token_id = scorer.pad_id  # transformers' own forward finds the last token by it
     return scorer
 
 
-def _prepare(module: nn.Module, device: torch.device, config: RunConfig) -> str | None:
+def _prepare(module: nn.Module, device: torch.device, dtype: torch.dtype, config: RunConfig) -> str | None:
     """Puts a module where it runs; returns why its sequences are padded, or None."""
     weightless = module.device.type == "meta"  # of a dry run
     (module if weightless else module.to(device)).eval()
     packs = getattr(config, "padding_free", True)
-    return attention.enable_packing(module, probe=not weightless) if packs else "padding_free is false"
+    return attention.enable_packing(module, dtype, probe=not weightless) if packs else "padding_free is false"
+
+
+def to_bfloat16(module: nn.Module) -> None:
+    """Weights alone, as transformers loads them: in bfloat16 the frequencies of rotary embeddings, which are buffers,
+    turn a token at position 1,000 by up to two radians too much or too little."""
+    for parameter in module.parameters():
+        parameter.data = parameter.data.to(torch.bfloat16)
 
 
 def frozen_copy(model: LanguageModel) -> LanguageModel:
@@ -173,9 +180,22 @@ def with_adapters(model: LanguageModel | Scorer, config: PPOConfig) -> LanguageM
         base_model_name_or_path=model.module.name_or_path,
         task_type="CAUSAL_LM" if isinstance(model, LanguageModel) else "SEQ_CLS",
     )
+    ends = module.get_input_embeddings(), module.get_output_embeddings()
     with torch.random.fork_rng():
         torch.manual_seed(config.seed)
-        module.add_adapter(settings)
+        try:
+            module.add_adapter(settings)
+        except ValueError as error:  # no module of that name, or of a kind that takes no adapter
+            raise UsageError(f"lora_target_modules: {' '.join(str(error).split()):.300}") from error
+    for parameter in module.parameters():
+        if parameter.requires_grad:  # peft gives adapters the type of what they adapt
+            parameter.data = parameter.data.float()
+    tied = ends[1] is not None and ends[0].weight is ends[1].weight
+    if tied and ends != (module.get_input_embeddings(), module.get_output_embeddings()):
+        raise UsageError(
+            "lora_target_modules: expected modules below the head, got the head or the embedding, which are one matrix "
+            f"in {model.module.name_or_path}: merged into it, an adapter of one would change both"
+        )
     return replace(model, module=module.eval())
 
 
@@ -263,9 +283,11 @@ def _load_module(auto_class, path: str, config: RunConfig, **options) -> tuple[n
         module, missing = _load_module(auto_class, base, config, **options)
         if dry:
             return module, missing
-        module = _load(peft().PeftModel.from_pretrained, path, model=module).merge_and_unload()
+        settings = _load(peft().PeftConfig.from_pretrained, path)
+        settings.task_type = None  # of a policy's adapters it would refuse the scorer that is begun from them
+        module = _load(peft().PeftModel.from_pretrained, path, model=module, config=settings).merge_and_unload()
         module.name_or_path = path
-        return module, missing
+        return module.requires_grad_(True), missing  # peft froze it
     if dry:
         from transformers import AutoConfig
 

@@ -67,7 +67,8 @@ class StepGuard:
     def step(self, loss: Tensor) -> Tensor:  # () to ()
         """Clips each module's gradients to max_norm, updates, clears them; returns the largest norm before clipping."""
         norms = [nn.utils.clip_grad_norm_(module.parameters(), self.max_norm) for module in self.modules]
-        self._last = torch.stack([loss.detach().float(), *(norm.float() for norm in norms)])
+        device = self._counts.device  # the loss, or the norm of a module without gradients, may be on the host
+        self._last = torch.stack([x.detach().float().to(device, non_blocking=True) for x in (loss, *norms)])
         bad = ~self._last.isfinite().all()
         self.optimizer.found_inf = bad.float()  # the fused optimizers leave everything as it is where this is 1
         self.optimizer.step()

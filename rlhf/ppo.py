@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
+from dataclasses import astuple
 from functools import reduce
 from operator import add
 
@@ -17,7 +18,7 @@ from torch import Tensor
 import rlhf_kernels
 from rlhf.advantages import score, with_advantages
 from rlhf.config import ConfigError, PPOConfig
-from rlhf.data import Dataset, TokenExample, load
+from rlhf.data import Dataset, TokenExample, fingerprint, load
 from rlhf.evaluation import evaluate, load_prompts, of_responses
 from rlhf.layout import Models, load_models, recomputing
 from rlhf.log import Clock, Run
@@ -49,7 +50,10 @@ def train(
     sampling = Sampling(config.response_length, config.temperature)
     total = config.max_steps if config.max_steps > 0 else math.ceil(config.total_episodes / size)
 
-    with Run(config, models.modules, optimizer, data, total) as run:
+    others = {} if supervised is None else {"ptx_dataset": supervised.fingerprint()}
+    if held_out:
+        others["eval_dataset"] = fingerprint(map(astuple, held_out))
+    with Run(config, models.modules, optimizer, data, total, others) as run:
         kl = KLController(run.state.get("kl_coef", config.kl_coef), config.kl_target, config.kl_horizon)
         guard = StepGuard(optimizer, list(models.modules.values()), config.max_grad_norm, run.state)
         watch, moments = Watch(config, run.state), run.state.setdefault("reward_moments", {})
@@ -83,11 +87,13 @@ def train(
                 metrics["policy/entropy_avg"] = math.nan
             watched = metrics["policy/entropy_avg"], metrics["objective/kl"]
             metrics |= health(rollout.completion_ids, rollout.finished, experience.scores.cpu(), *watched, gold)
+            if config.reward_normalization != "none":  # whose scores say nothing from step to step
+                metrics["watch/score"] = sum(r.weight * metrics[f"rewards/{r.name}"] for r in models.rewards)
             kl = kl.update(metrics["objective/kl"], size)
             run.state["kl_coef"] = kl.coef
             if config.eval_steps and ((step + 1) % config.eval_steps == 0 or step + 1 == total):
                 metrics |= evaluate(models, config, held_out, run.state.setdefault("eval", {}))
-                run.keep_best(policy, config.best_metric, metrics)
+                run.keep_best(policy, config.metric_for_best_model, metrics)
             run.warn(step, watch.check(step, metrics))
             if config.sample_steps and step % config.sample_steps == 0:
                 run.samples(step, samples(rollout, experience))

@@ -8,6 +8,7 @@ import math
 import os
 import sys
 import traceback
+from bisect import bisect_left
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
@@ -16,7 +17,7 @@ from torch import Tensor
 
 from rlhf.config import PPOConfig, UsageError
 from rlhf.forward import sequence_scores, token_scores
-from rlhf.model import LanguageModel, Scorer, load_scorer, same_vocabulary
+from rlhf.model import LanguageModel, Scorer, load_scorer, same_vocabulary, to_bfloat16
 from rlhf.types import Rollout, SequenceBatch, pad_sequences
 
 
@@ -54,7 +55,7 @@ def _frozen(path: str, config: PPOConfig) -> Scorer:
     scorer = load_scorer(path, config)
     scorer.module.requires_grad_(False)
     if config.has("frozen_bf16"):
-        scorer.module.to(torch.bfloat16)
+        to_bfloat16(scorer.module)
     return scorer
 
 
@@ -149,16 +150,20 @@ def _moments(
 def function_reward(name: str) -> Reward:
     """`module:function`, importable from the current directory too: f(prompts, completions, **columns) -> floats.
 
-    A function with a parameter `completion_ids` gets the tokens of each response too, and may return a list of one
+    Arguments go by these names where the function has them, in any order (TRL's functions), else by place. A function
+    with a parameter `completion_ids` gets the tokens of each response too, and may return a list of one
     number a token in place of a number."""
     function = _find(name)
-    takes_ids = "completion_ids" in _parameters(function)
+    taken = _parameters(function)
+    takes_ids = "completion_ids" in taken
+    by_name = {"prompts", "completions"} <= set(taken) or taken[:1] == ["completions"]
 
     def score(rollout: Rollout) -> Tensor:
         extra = {"completion_ids": [list(ids) for ids in rollout.completion_ids]} if takes_ids else {}
-        texts = list(rollout.prompts.texts), list(rollout.completions)
+        texts = {"prompts": list(rollout.prompts.texts), "completions": list(rollout.completions)}
+        columns = rollout.prompts.columns | extra
         try:
-            scores = function(*texts, **rollout.prompts.columns | extra)
+            scores = function(**columns | texts) if by_name else function(*texts.values(), **columns)
         except Exception as error:  # a user's code may raise anything; the line must still name it
             frame = traceback.extract_tb(error.__traceback__)[-1]
             place = f"{os.path.basename(frame.filename)}:{frame.lineno}"
@@ -181,11 +186,12 @@ def _find(name: str) -> Callable:
     return function
 
 
-def _parameters(function: Callable) -> set[str]:
+def _parameters(function: Callable) -> list[str]:  # that can be given by name
     try:
-        return set(inspect.signature(function).parameters)
+        found = inspect.signature(function).parameters
+        return [name for name, parameter in found.items() if parameter.kind is not parameter.POSITIONAL_ONLY]
     except (TypeError, ValueError):  # of a function in C
-        return set()
+        return []
 
 
 def _checked(name: str, scores: object, rollout: Rollout) -> Tensor:  # (B,) or (B, R) float32
@@ -275,16 +281,18 @@ def process_reward(
 def step_ends(ids: list[int], tokenizer, separator: str) -> list[int]:
     """Positions of the tokens that end a step: those that complete a separator, and the last, unless nothing but it
     (an EOS token, say) follows a separator."""
-    text, ends, searched, pending = "", [], 0, []
-    for position, token in enumerate(ids):
-        pending.append(token)
-        piece = tokenizer.decode(pending, clean_up_tokenization_spaces=False)
-        if piece.endswith("\ufffd"):  # a character of several bytes, not all of which are there
-            continue
-        text, pending = text + piece, []
-        while (found := text.find(separator, searched)) >= 0:
-            searched = found + len(separator)
-            ends.append(position)
+
+    def known(count: int) -> int:
+        """Characters that the first tokens make. Of a token alone some tokenizers leave out its space, and all what is
+        part of a character."""
+        part = tokenizer.decode(ids[:count], clean_up_tokenization_spaces=False)
+        return next((i for i, (a, b) in enumerate(zip(part, text)) if a != b), min(len(part), len(text)))
+
+    text = tokenizer.decode(ids, clean_up_tokenization_spaces=False)
+    ends, searched = [], 0
+    while (found := text.find(separator, searched)) >= 0:
+        searched = found + len(separator)
+        ends.append(bisect_left(range(1, len(ids) + 1), searched, key=known))
     last = len(ids) - 1
     return sorted({*ends} | ({last} if last - 1 not in ends else set()))
 

@@ -130,7 +130,7 @@ def draw(
     logits = logits[:, :vocab_size]
     if not temperature:
         return logits.argmax(-1), logits.isfinite().all()
-    cumulated = torch.softmax(logits / temperature, -1, dtype=torch.float32).double().cumsum(-1)
+    cumulated = torch.softmax(logits.float() / temperature, -1).double().cumsum(-1)
     total = cumulated[:, -1:]
     # right: a token whose probability is 0 does not move the sum, and is passed over.
     token = torch.searchsorted(cumulated, uniform * total, right=True).clamp_(max=vocab_size - 1)

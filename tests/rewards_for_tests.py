@@ -66,3 +66,11 @@ def of_tokens_sometimes(prompts, completions, completion_ids, **columns):
 
 def of_tokens_not_finite(prompts, completions, completion_ids, **columns):
     return [[float("inf")] * len(ids) for ids in completion_ids]
+
+
+def completions_first(completions, prompts, **columns):
+    return [float(len(text)) for text in completions]
+
+
+def completions_alone(completions, **columns):
+    return [float(len(text)) for text in completions]

@@ -177,3 +177,11 @@ def test_segments_are_what_a_loop_over_them_gives():
 def test_the_mask_of_packed_inputs_says_nothing():
     inputs = packed_inputs(torch.tensor([4, 5]), torch.tensor([0, 0]), Segments.of(torch.tensor([1, 1]), "cpu"))
     assert inputs["attention_mask"].shape == (1, 1, 1, 1) and inputs["use_cache"] is False
+
+
+@pytest.mark.parametrize(("window", "packs"), [(16, False), (256, True), (None, True)])
+def test_a_window_that_attention_is_not_told_of_is_not_packed(window, packs):
+    """PhiMoE's window stands in its mask alone, and is longer than the probe. One of all positions does nothing."""
+    experts = {"num_local_experts": 2, "num_experts_per_tok": 1, "max_position_embeddings": 256}
+    reason = enable_packing(build("phimoe", **GROUPED | experts, sliding_window=window))
+    assert (reason is None) == packs and (packs or "its window of 16 tokens" in reason)

@@ -77,7 +77,7 @@ def test_fields_that_contradict_each_other(changes, expected):
         ({"memory_layout": ["shared_value"], "value_model_path": "v"}, "value_model_path", "with memory_layout shared"),
         ({"memory_layout": ["lora"], "optim": "adamw_bf16"}, "optim", "expected adamw with memory_layout lora"),
         ({"kl_in": "loss", "kl_estimator": "full", "memory_layout": ["offload"]}, "kl_estimator", "drop offload"),
-        ({"best_metric": "eval/score"}, "best_metric", "give eval_dataset_name and eval_steps"),
+        ({"metric_for_best_model": "eval/score"}, "metric_for_best_model", "give eval_dataset_name and eval_steps"),
     ],
 )
 def test_options_that_exclude_each_other(changes, field, words):
@@ -99,7 +99,13 @@ def test_what_just_fits_is_taken():
     for changes in (
         {"cliprange": None, "dual_clip": 1.001, "kl_in": "loss", "kl_estimator": "k3+"},
         GRPO | {"num_generations": 8, "memory_layout": ["lora", "frozen_bf16", "offload"]},
-        {"ptx_coef": 0.5, "ptx_dataset_name": "x", "eval_steps": 1, "eval_dataset_name": "x", "best_metric": "m"},
+        {
+            "ptx_coef": 0.5,
+            "ptx_dataset_name": "x",
+            "eval_steps": 1,
+            "eval_dataset_name": "x",
+            "metric_for_best_model": "m",
+        },
         {"reward_model_path": ["x", "y"], "process_reward_model_path": "z", "reward_weights": [1.0, 2.0, 3.0, 0.0]},
         {"kl_in": "loss", "kl_estimator": "full", "memory_layout": ["shared_value", "frozen_bf16"]},
         {"kl_estimator": "full", "memory_layout": ["offload"], "optim": "adamw_bf16"},

@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 import statistics
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 from test_losses import ppo_config
 from test_ppo_invariance import models_of
+from tiny_models import write_jsonl
 
 from rlhf import evaluation, ppo
 from rlhf.config import PPOConfig, UsageError
@@ -101,7 +103,7 @@ def test_the_reference_is_sampled_once_and_its_scores_are_a_part_of_checkpoints(
 
 def run_config(tiny_model, corpus, tmp_path, **changes) -> PPOConfig:
     extra = {"dataset_name": corpus, "output_dir": str(tmp_path / "run"), "learning_rate": 3e-3, "sample_steps": 0}
-    return config_for(tiny_model, corpus, **extra | {"best_metric": "eval/score"} | changes)
+    return config_for(tiny_model, corpus, **extra | {"metric_for_best_model": "eval/score"} | changes)
 
 
 def test_the_best_policy_is_kept(tiny_model, corpus, tmp_path, monkeypatch):
@@ -126,9 +128,13 @@ def test_evaluations_come_every_so_many_steps_and_after_the_last(tiny_model, cor
 
 
 def test_a_best_metric_that_no_evaluation_has_is_named(tiny_model, corpus, tmp_path):
-    config = run_config(tiny_model, corpus, tmp_path, max_steps=1, best_metric="eval/scores", eval_prompts=2)
-    with pytest.raises(UsageError, match=r"best_metric: expected a metric .* eval/score, .* got 'eval/scores'"):
+    """Before the first step, not after it."""
+    config = run_config(tiny_model, corpus, tmp_path, max_steps=1, metric_for_best_model="eval/scores", eval_prompts=2)
+    with pytest.raises(
+        UsageError, match=r"metric_for_best_model: expected a metric .* eval/score, .* got 'eval/scores'"
+    ):
         ppo.train(config)
+    assert not (Path(config.output_dir) / "metrics.jsonl").exists()
 
 
 def test_a_gold_reward_of_tokens_is_summed_in_training_and_evaluation(tiny_model, corpus, tmp_path, monkeypatch):
@@ -146,3 +152,16 @@ def test_a_gold_reward_of_tokens_is_summed_in_training_and_evaluation(tiny_model
     assert found["watch/gold"] == pytest.approx(sum(sums) / 8, rel=1e-6)
     assert found["watch/gold_std"] == pytest.approx(statistics.pstdev(sums), rel=1e-5)
     assert 6 * 17 / 10 > found["eval/gold"] > 1.7  # sums of up to six ids, none above 17
+
+
+@pytest.mark.parametrize("name", ["eval/win_rate", "eval/gold", "eval/rewards/rewards_for_tests:count_good"])
+def test_every_metric_of_an_evaluation_can_be_the_best(tiny_model, corpus, name):
+    config = config_for(tiny_model, corpus, metric_for_best_model=name)
+    models = load_models(config)
+    assert name in evaluate(models, config, load_prompts(config, models), {})
+
+
+def test_held_out_prompts_that_are_not_there_are_named(tiny_model, corpus, tmp_path):
+    config = config_for(tiny_model, corpus, eval_dataset_name=write_jsonl(tmp_path / "none.jsonl", []))
+    with pytest.raises(UsageError, match=r"none\.jsonl: no usable row"):
+        load_prompts(config, load_models(config))

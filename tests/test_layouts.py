@@ -16,7 +16,7 @@ from torch import nn
 
 from rlhf import layout, ppo
 from rlhf.advantages import score, with_advantages
-from rlhf.config import InitConfig, PPOConfig
+from rlhf.config import InitConfig, PPOConfig, UsageError
 from rlhf.forward import response_logprobs, sequence_scores, token_scores, token_values
 from rlhf.init import init
 from rlhf.layout import Models, load_models, offload, recomputing
@@ -343,3 +343,61 @@ def test_adapters_of_a_run_load_in_transformers_and_peft(tiny_model, corpus, tmp
         torch.testing.assert_close(wrapped(ids).logits, expected, rtol=0, atol=1e-6)
         with wrapped.disable_adapter():
             torch.testing.assert_close(wrapped(ids).logits, start, rtol=0, atol=1e-6)
+
+
+# What bfloat16 and adapters must not touch
+
+
+@pytest.mark.parametrize("changes", [{"memory_layout": ["separate", "frozen_bf16"]}, {"optim": "adamw_bf16"}])
+def test_the_frequencies_of_rotary_embeddings_stay_float32(tiny_model, tiny_reward_model, changes):
+    models = load_models(ppo_config(tiny_model, reward_model_path=tiny_reward_model, **changes))
+    half = [models.reference.module, models.value.module if "optim" in changes else models.rewards[-1].scorer.module]
+    for module in half:
+        assert {p.dtype for p in module.parameters()} == {torch.bfloat16}
+        assert {b.dtype for b in module.buffers() if b.is_floating_point()} == {torch.float32}
+
+
+@pytest.mark.parametrize("start", ["reward_model_path", "value_model_path"])
+def test_adapters_are_float32_over_what_is_frozen_in_bfloat16(tiny_model, tiny_reward_model, start):
+    config = ppo_config(tiny_model, **{start: tiny_reward_model}, memory_layout=["lora", "frozen_bf16"])
+    for module in load_models(config).modules.values():
+        assert {p.dtype for p in module.parameters() if not p.requires_grad} == {torch.bfloat16}
+        assert {p.dtype for p in module.parameters() if p.requires_grad} == {torch.float32}
+
+
+@pytest.mark.parametrize("names", [["q_proj", "lm_head"], ["embed_tokens"]])
+def test_adapters_of_a_matrix_that_is_head_and_embedding_are_refused(tiny_model, names):
+    config = ppo_config(tiny_model, memory_layout=["lora"], lora_target_modules=names)
+    with pytest.raises(UsageError, match=r"lora_target_modules: .* are one matrix"):
+        load_models(config)
+
+
+def test_adapted_modules_that_are_not_there_are_named(tiny_model):
+    config = ppo_config(tiny_model, memory_layout=["lora"], lora_target_modules=["absent"])
+    with pytest.raises(UsageError, match=r"lora_target_modules: .*absent"):
+        load_models(config)
+
+
+def test_an_exact_kl_needs_a_head_to_fuse(corpus, tmp_path):
+    sizes = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 1, "tie_word_embeddings": False}
+    path = str(init(InitConfig(dataset_name=corpus, output_dir=str(tmp_path), tokenizer="word", **sizes)))
+    adapted = {"memory_layout": ["lora"], "lora_target_modules": ["q_proj", "lm_head"]}
+    load_models(ppo_config(path, **adapted))
+    with pytest.raises(UsageError, match="kl_estimator: full needs hidden states"):
+        load_models(ppo_config(path, **adapted, kl_estimator="full"))
+
+
+def test_adapters_of_a_policy_begin_a_value_and_a_reward_model(tiny_model, corpus, tmp_path):
+    result = ppo.train(run_config(tiny_model, corpus, tmp_path, memory_layout=["lora"]))
+    models = load_models(ppo_config(str(result.final_dir)))
+    ours, theirs = (weights(model.module.base_model) for model in (models.policy, models.value))
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+    assert trained(models.policy.module) == {name for name, _ in models.policy.module.named_parameters()}
+
+
+def test_the_entropy_of_a_warm_up_is_not_known(tiny_model, corpus, tmp_path):
+    """0 would be a first value, below a part of which no warning comes."""
+    result = ppo.train(run_config(tiny_model, corpus, tmp_path, value_warmup_steps=1))
+    rows = [json.loads(line) for line in (result.output_dir / "metrics.jsonl").read_text().splitlines()]
+    assert [row["policy/entropy_avg"] is None for row in rows] == [True, False]
+    assert [row["watch/entropy"] is None for row in rows] == [True, False]

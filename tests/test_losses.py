@@ -196,3 +196,19 @@ def test_bf16_weights_move_by_small_steps_in_the_mean():
         }
         found[optim] = float((module.weight.detach().float() - before).mean())
     assert found["adamw_bf16"] == pytest.approx(-6e-5, rel=0.1) and abs(found["adamw"]) < 1e-5
+
+
+def test_a_loss_on_the_host_and_a_module_without_gradients_do_no_harm_on_a_device():
+    """torch takes the norm of no gradients on the host, and stacks nothing of two devices."""
+
+    class Steps:
+        def step(self) -> None:
+            pass
+
+        def zero_grad(self, set_to_none: bool) -> None:
+            pass
+
+    trained, idle = nn.Linear(2, 1, device="meta"), nn.Linear(2, 1, device="meta")
+    trained(torch.ones(1, 2, device="meta")).sum().backward()
+    guard = StepGuard(Steps(), [trained, idle], max_norm=1.0)
+    assert guard.step(torch.tensor(1.0)).device.type == guard.optimizer.found_inf.device.type == "meta"

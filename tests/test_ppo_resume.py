@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from rlhf import ppo
-from rlhf.config import PPOConfig
+from rlhf.config import PPOConfig, UsageError
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 MEASURED = ("timing/", "memory/", "tokens_per_second")
@@ -94,6 +94,21 @@ def test_a_stopped_run_continues_to_the_same_bytes(config, tmp_path, case):
 
 
 def test_evaluations_and_supervised_rows_continue_too(config, corpus, tmp_path):
-    extras = {"eval_steps": 1, "eval_dataset_name": corpus, "eval_prompts": 8, "best_metric": "eval/score"}
+    extras = {"eval_steps": 1, "eval_dataset_name": corpus, "eval_prompts": 8, "metric_for_best_model": "eval/score"}
     extras |= {"ptx_coef": 0.5, "ptx_dataset_name": corpus, "ptx_max_length": 16}
     assert "best/model.safetensors" in assert_continues(replace(config, **extras), tmp_path)
+
+
+@pytest.mark.parametrize("changed", ["ptx_dataset", "eval_dataset"])
+def test_a_run_does_not_continue_with_other_supervised_rows_or_held_out_prompts(config, corpus, tmp_path, changed):
+    rows = Path(corpus).read_text().splitlines(keepends=True)
+    files = {name: tmp_path / f"{name}.jsonl" for name in ("ptx_dataset", "eval_dataset")}
+    for file in files.values():
+        file.write_text("".join(rows))
+    extras = {"eval_steps": 4, "eval_dataset_name": str(files["eval_dataset"]), "eval_prompts": 4, "ptx_max_length": 16}
+    config = replace(config, ptx_coef=0.5, ptx_dataset_name=str(files["ptx_dataset"]), **extras)
+    with pytest.raises(SystemExit):
+        ppo.train(config, on_step=stop_at_2)
+    files[changed].write_text("".join(reversed(rows)))
+    with pytest.raises(UsageError, match=rf"{changed} was .* and is now"):
+        ppo.train(replace(config, resume="auto"))

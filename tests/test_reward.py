@@ -123,3 +123,10 @@ def test_the_kl_controller_steers_to_its_target():
     assert adaptive.update(100.0, 1000).coef == pytest.approx(0.1 * (1 + 0.2 * 0.1))
     assert adaptive.update(0.0, 1000).coef == pytest.approx(0.1 * (1 - 0.2 * 0.1))
     assert adaptive.update(float("nan"), 1000) == adaptive
+
+
+def test_texts_go_by_name_where_a_function_names_them(rollout):
+    """In the order of TRL's functions, or the completions alone."""
+    length = rollout.completions, [float(len(text)) for text in rollout.completions]
+    assert function_reward("rewards_for_tests:completions_first").score(rollout).tolist() == length[1]
+    assert function_reward("rewards_for_tests:completions_alone").score(rollout).tolist() == length[1]

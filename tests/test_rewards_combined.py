@@ -262,6 +262,8 @@ def test_step_ends_on_a_word_tokenizer(policy):
     assert step_ends([*encode("good and bad"), eos], policy.tokenizer, "and") == [1, 3]
     assert step_ends(encode("good film"), policy.tokenizer, "and") == [1]
     assert step_ends([eos], policy.tokenizer, "and") == [0]
+    # decoded alone, its words have no space
+    assert step_ends(encode("good was very bad was very dull film"), policy.tokenizer, "was very") == [2, 5, 7]
 
 
 @pytest.mark.parametrize("batch_size", [1, 3])

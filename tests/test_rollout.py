@@ -11,7 +11,7 @@ import torch
 from rlhf.config import RunConfig
 from rlhf.forward import response_logprobs
 from rlhf.model import ModelError, load_language_model
-from rlhf.rollout import Sampling, generate
+from rlhf.rollout import Sampling, draw, generate
 from rlhf.types import PromptBatch, pad_sequences
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -111,3 +111,10 @@ def test_logits_that_are_not_finite_are_refused(model):
     broken.module.lm_head.weight.data[3] = float("nan")
     with pytest.raises(ModelError, match="logits that are NaN or infinite"):
         generate(broken, PromptBatch([[4, 5]], ["x"], {}), Sampling(3))
+
+
+def test_logits_of_bfloat16_are_divided_by_the_temperature_in_float32():
+    logits = (20 + 6 * torch.randn(1, 5000, generator=torch.Generator().manual_seed(0))).bfloat16()
+    uniform = torch.linspace(0, 1, 2001, dtype=torch.float64)[:-1, None]
+    tokens, expected = (draw(x.expand(2000, -1), 0.7, 5000, uniform)[0] for x in (logits, logits.float()))
+    assert torch.equal(tokens, expected)
