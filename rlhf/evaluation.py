@@ -41,8 +41,8 @@ def load_prompts(config: PPOConfig, models: Models) -> list[PromptBatch]:
 @torch.no_grad()
 def evaluate(models: Models, config: PPOConfig, prompts: list[PromptBatch], state: dict) -> dict[str, float]:
     """eval/score, eval/kl (nats a response), eval/length, eval/eos_rate, eval/win_rate over the reference by the score
-    (ties count half), the mean of each reward, and eval/gold. Rewards are weighted and not normalised. The same random numbers every time: what changes is the
-    policy. `state` keeps the reference's scores, a part of checkpoints."""
+    (ties count half), the mean of each reward, and eval/gold. Rewards are weighted and not normalised. The same random
+    numbers every time: what changes is the policy. `state` keeps the reference's scores, a part of checkpoints."""
     sampling = Sampling(config.response_length, config.temperature)
     scores, parts, kls, lengths, finished, gold = [], [], [], [], [], []
     with models.on_device():
@@ -87,9 +87,8 @@ def _check_best_metric(config: PPOConfig, models: Models) -> None:
     names = ["score", "kl", "length", "eos_rate", "win_rate", *["gold"] * (models.gold is not None)]
     names = [f"eval/{name}" for name in (*names, *(f"rewards/{reward.name}" for reward in models.rewards))]
     if config.metric_for_best_model not in (None, *names):
-        raise UsageError(
-            f"metric_for_best_model: expected a metric of the evaluations, {', '.join(names)}; got {config.metric_for_best_model!r}"
-        )
+        expected = f"a metric of the evaluations, {', '.join(names)}"
+        raise UsageError(f"metric_for_best_model: expected {expected}; got {config.metric_for_best_model!r}")
 
 
 def of_responses(reward: Reward, rollout: Rollout) -> Tensor:  # (B,)
