@@ -22,7 +22,7 @@ def response_hidden(model: LanguageModel, batch: SequenceBatch) -> Tensor:  # (n
     """The last hidden states from which each response token is predicted."""
     with model.autocast():
         hidden = model.head.hidden(**_inputs(model, batch))
-    return _counted(model, hidden, batch)[batch.predictors]
+    return _counted(model, hidden, batch).index_select(0, batch.predictors)
 
 
 def token_logprobs(
@@ -74,7 +74,7 @@ def token_values(
     if isinstance(model, ValueHead):
         hidden = response_hidden(model.policy, batch) if policy_hidden is None else policy_hidden
         return linear(hidden.float(), model.module.weight.float())[:, 0]
-    return token_scores(model, batch)[batch.predictors]
+    return token_scores(model, batch).index_select(0, batch.predictors)
 
 
 def response_values(model: Scorer, batch: SequenceBatch) -> Tensor:  # (B, R), before each response token

@@ -162,15 +162,20 @@ def test_a_window_is_of_the_last_tokens():
     ]
 
 
-def test_segments_are_what_a_loop_over_them_gives():
+@pytest.mark.parametrize("window", [None, 2])
+@pytest.mark.parametrize("lengths", [(4, 1, 4), (3, 3, 3), (9,)])
+def test_segments_are_what_a_loop_over_them_gives(lengths, window):
     torch.manual_seed(0)
     q, k, v = torch.randn(1, 4, 9, 8), torch.randn(1, 2, 9, 8), torch.randn(1, 2, 9, 8)
-    out, _ = attend(nn.Module(), q, k, v, None, segments=Segments.of(torch.tensor([4, 1, 4]), q.device), scaling=0.3)
-    for start, stop in ((0, 4), (4, 5), (5, 9)):
-        n = stop - start
+    segments = Segments.of(torch.tensor(lengths), q.device)
+    out, _ = attend(nn.Module(), q, k, v, None, segments=segments, scaling=0.3, sliding_window=window)
+    assert out.shape == (1, 9, 4, 8)
+    for stop, n in zip(torch.tensor(lengths).cumsum(0).tolist(), lengths):
+        start = stop - n
+        unseen = torch.ones(n, n).triu(1) + (torch.ones(n, n).tril(-window) if window else 0)
         for head in range(4):
             scores = 0.3 * q[0, head, start:stop] @ k[0, head // 2, start:stop].T
-            scores = scores.masked_fill(torch.ones(n, n).triu(1).bool(), -torch.inf)
+            scores = scores.masked_fill(unseen.bool(), -torch.inf)
             torch.testing.assert_close(out[0, start:stop, head], scores.softmax(-1) @ v[0, head // 2, start:stop])
 
 
