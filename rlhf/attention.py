@@ -88,10 +88,8 @@ def enable_packing(
 
     try:
         AttentionInterface.register(NAME, watched)
-        half = compute_dtype != torch.float32
-        with torch.no_grad(), torch.autocast(module.device.type, dtype=compute_dtype, enabled=half):
-            module.set_attn_implementation(NAME)
-            reason = (_difference(module, compute_dtype) or _unheard_window(module, windows)) if probe else None
+        module.set_attn_implementation(NAME)
+        reason = (_difference(module, compute_dtype) or _unheard_window(module, windows)) if probe else None
     except Exception as error:  # models raise what their authors chose
         reason = f"{type(error).__name__}: {error!s:.200}"
     finally:
@@ -110,8 +108,18 @@ def _unheard_window(module: nn.Module, windows: set[int | None]) -> str | None:
     return f"{type(module).__name__} does not hand its window of {window} tokens to attention"
 
 
+@torch.no_grad()
 def _difference(module: nn.Module, compute_dtype: torch.dtype) -> str | None:
     """Whether hidden states of packed segments, and of a row continued over a cache, are those of each alone."""
+    half = compute_dtype != torch.float32
+    with torch.autocast(module.device.type, dtype=compute_dtype, enabled=half):
+        found, expected = _packed_and_alone(module)
+    error = float((found - expected).abs().max() / expected.abs().max())
+    allowed = max(1e-4, 8 * max(torch.finfo(dtype).eps for dtype in (found.dtype, compute_dtype)))
+    return None if error <= allowed else f"packed and unpacked hidden states differ by {error:.1e} of the largest"
+
+
+def _packed_and_alone(module: nn.Module) -> tuple[Tensor, Tensor]:
     from transformers import DynamicCache
 
     trunk, embedding = module.base_model, module.get_input_embeddings()
@@ -129,11 +137,7 @@ def _difference(module: nn.Module, compute_dtype: torch.dtype) -> str | None:
     last = decode_inputs(torch.stack([first[-1], second[-1]]), padding, 5)
     continued = trunk(**last, past_key_values=cache, use_cache=True).last_hidden_state[:, 0]
 
-    found = torch.cat([packed, continued])
-    expected = torch.cat([*alone, alone[0][-1:], alone[1][-1:]])
-    error = float((found - expected).abs().max() / expected.abs().max())
-    allowed = max(1e-4, 8 * max(torch.finfo(dtype).eps for dtype in (packed.dtype, compute_dtype)))
-    return None if error <= allowed else f"packed and unpacked hidden states differ by {error:.1e} of the largest"
+    return torch.cat([packed, continued]), torch.cat([*alone, alone[0][-1:], alone[1][-1:]])
 
 
 def attend(

@@ -59,6 +59,12 @@ def test_weights_and_gradients_are_those_of_the_real_models(config, options):
     assert (found.gradients, found.moments) == (trained, 2 * trained)
 
 
+def test_a_dry_run_packs_and_fuses_as_the_run_would(config, capsys):
+    models = load_models(replace(config, dry_run=True))
+    assert models.policy.packed and models.policy.head.fused and models.policy.device.type == "meta"
+    assert "padded" not in capsys.readouterr().err
+
+
 def test_parts_add_up_to_the_phases(config):
     found = estimate(config)
     held = found.process + sum(found.weights.values()) + found.moments
