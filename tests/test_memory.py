@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import shutil
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -157,3 +159,11 @@ def test_the_peak_of_a_process(tmp_path):
     for layout in (["separate"], ["lora"]):
         measured, estimated = layouts.memory(folder, layout, num_mini_batches=1, response_length=16)
         assert estimated == pytest.approx(measured, rel=0.1), layout
+
+
+def test_the_peak_of_a_process_is_not_its_parents():
+    """A child that a large process forks begins with that one's ru_maxrss."""
+    ballast = b"\1" * (1 << 30)
+    code = "from rlhf.log import peak_of_process; print(peak_of_process())"
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert 1 << 26 < int(found) < len(ballast)
