@@ -16,6 +16,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
+from rlhf.types import cumulated
+
 NAME = "rlhf_segments"
 PROBE = (3, 6, 1, 4)  # segments of the forward pass that shows whether a model can be packed
 UNHEEDED = ("softcap", "s_aux", "position_bias")  # what a layer may ask for and is not done here
@@ -28,8 +30,8 @@ class Segments:
 
     @staticmethod
     def of(lengths: Tensor, device: torch.device) -> Segments:  # (B,) int64 on the host
-        bounds = torch.cat([lengths.new_zeros(1), lengths.cumsum(0)]).int()
-        return Segments(tuple(lengths.tolist()), bounds.to(device, non_blocking=True))
+        bounds = cumulated(lengths).int().to(device, non_blocking=True)
+        return Segments(tuple(lengths.tolist()), bounds)
 
 
 def packed_inputs(

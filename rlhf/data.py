@@ -21,6 +21,7 @@ from itertools import chain
 from pathlib import Path
 
 from rlhf.config import UsageError
+from rlhf.types import PromptBatch
 
 TEXT_SUFFIXES = (".txt", ".txt.gz")
 JSONL_SUFFIXES = (".jsonl", ".jsonl.gz")
@@ -83,6 +84,12 @@ def fingerprint(rows: Iterable) -> str:
     for row in rows:
         digest.update(json.dumps(row, default=lambda value: type(value).__name__).encode())
     return digest.hexdigest()
+
+
+def prompt_batch(examples: list[TokenExample]) -> PromptBatch:
+    names = {name for e in examples for name in e.columns}
+    columns = {name: [e.columns.get(name) for e in examples] for name in sorted(names)}
+    return PromptBatch([e.prompt for e in examples], [e.text for e in examples], columns)
 
 
 def plan(count: int, batch_size: int, epochs: float, max_steps: int) -> list[tuple[int, int]]:

@@ -8,11 +8,11 @@ import torch
 from torch import Tensor
 
 from rlhf.config import PPOConfig, UsageError
-from rlhf.data import DataError, read_rows, tokenize
+from rlhf.data import DataError, prompt_batch, read_rows, tokenize
 from rlhf.forward import token_logprobs
 from rlhf.layout import Models
 from rlhf.model import LanguageModel
-from rlhf.reward import Reward, Shaping, score_rollout
+from rlhf.reward import Shaping, per_response, score_rollout
 from rlhf.rollout import Sampling, generate
 from rlhf.types import PromptBatch, Rollout
 
@@ -31,10 +31,7 @@ def load_prompts(config: PPOConfig, models: Models) -> list[PromptBatch]:
     models.check_context(data.longest_prompt + config.response_length, "longest held-out prompt + response_length")
     batches = []
     for start in range(0, len(data), config.batch_size):
-        examples = data.examples[start : start + config.batch_size]
-        names = sorted({name for e in examples for name in e.columns})
-        columns = {name: [e.columns.get(name) for e in examples] for name in names}
-        batches.append(PromptBatch([e.prompt for e in examples], [e.text for e in examples], columns))
+        batches.append(prompt_batch(data.examples[start : start + config.batch_size]))
     return batches
 
 
@@ -54,7 +51,7 @@ def evaluate(models: Models, config: PPOConfig, prompts: list[PromptBatch], stat
             kls.append(response_kl(models.policy, models.reference, rollout, config).cpu())
             lengths.append(rollout.sequences.response_lengths.float())
             finished.append(rollout.finished.float())
-            gold += [of_responses(models.gold, rollout)] if models.gold else []
+            gold += [per_response(models.gold.score(rollout))] if models.gold else []
         if "reference_scores" not in state:
             rollouts = (
                 generate(models.reference, batch, sampling, seed=(config.seed, SEED, number))
@@ -89,8 +86,3 @@ def _check_best_metric(config: PPOConfig, models: Models) -> None:
     if config.metric_for_best_model not in (None, *names):
         expected = f"a metric of the evaluations, {', '.join(names)}"
         raise UsageError(f"metric_for_best_model: expected {expected}; got {config.metric_for_best_model!r}")
-
-
-def of_responses(reward: Reward, rollout: Rollout) -> Tensor:  # (B,)
-    scores = reward.score(rollout)
-    return scores if scores.dim() == 1 else scores.sum(1)

@@ -59,11 +59,16 @@ def response_logprobs(
 def _logits(model: LanguageModel, batch: SequenceBatch) -> Tensor:  # (n, V)
     """Of the ids that the tokenizer knows; formed for response tokens alone where the model can leave out others."""
     inputs, wanted = _inputs(model, batch), batch.predictors
-    keeps = model.packed and "logits_to_keep" in inspect.signature(model.module.forward).parameters
+    kept = only(model.module, wanted) if model.packed else {}
     with model.autocast():
-        logits = model.module(**inputs, **({"logits_to_keep": wanted} if keeps else {})).logits
-    logits = logits[0] if keeps else _counted(model, logits, batch)[wanted]
+        logits = model.module(**inputs, **kept).logits
+    logits = logits[0] if kept else _counted(model, logits, batch)[wanted]
     return logits[:, : model.vocab_size]
+
+
+def only(module: nn.Module, tokens: int | Tensor) -> dict[str, int | Tensor]:
+    """The argument by which a model forms logits of its last `tokens`, or of those with these indices, alone."""
+    return {"logits_to_keep": tokens} if "logits_to_keep" in inspect.signature(module.forward).parameters else {}
 
 
 def token_values(

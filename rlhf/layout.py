@@ -26,6 +26,7 @@ from rlhf.model import (
     Scorer,
     ValueHead,
     check_context,
+    frozen,
     frozen_copy,
     load_language_model,
     load_scorer,
@@ -104,13 +105,6 @@ def enable_checkpointing(models: Models) -> None:
     for module in models.modules.values():
         if hasattr(module, "gradient_checkpointing_enable"):
             module.gradient_checkpointing_enable({"use_reentrant": False})
-
-
-def frozen(model: LanguageModel | Scorer, config: PPOConfig) -> LanguageModel | Scorer:
-    model.module.requires_grad_(False)
-    if config.has("frozen_bf16"):
-        to_bfloat16(model.module)
-    return model
 
 
 def load_value(

@@ -24,12 +24,12 @@ from torch.utils._pytree import tree_leaves
 from rlhf.advantages import of_tokens
 from rlhf.attention import decode_inputs, prefill_inputs
 from rlhf.config import PPOConfig
-from rlhf.forward import token_scores
+from rlhf.forward import only, token_scores
 from rlhf.layout import Models, enable_checkpointing, load_models, recomputing
 from rlhf.losses import ppo_losses
 from rlhf.model import choose_device
 from rlhf.ppo import update
-from rlhf.rollout import draw, only_last
+from rlhf.rollout import draw
 from rlhf.types import Experience, SequenceBatch
 
 MOMENTS = 2  # AdamW's, each of its parameter's size and dtype
@@ -277,7 +277,7 @@ def _rollout(models: Models, config: PPOConfig, mode: FakeTensorMode, device: to
         uniform = torch.zeros(size, 1, dtype=torch.float64, device=device)
 
         def step(inputs: dict[str, Tensor]) -> None:
-            out = policy.module(**inputs, past_key_values=cache, use_cache=True, **only_last(policy.module, 1))
+            out = policy.module(**inputs, past_key_values=cache, use_cache=True, **only(policy.module, 1))
             draw(out.logits[:, -1], config.temperature, policy.vocab_size, uniform)
 
         step(prefill_inputs(torch.zeros(size, width, dtype=torch.long, device=device), padding))

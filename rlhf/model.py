@@ -159,6 +159,13 @@ def to_bfloat16(module: nn.Module) -> None:
         parameter.data = parameter.data.to(torch.bfloat16)
 
 
+def frozen(model: LanguageModel | Scorer, config: PPOConfig) -> LanguageModel | Scorer:
+    model.module.requires_grad_(False)
+    if config.has("frozen_bf16"):
+        to_bfloat16(model.module)
+    return model
+
+
 def frozen_copy(model: LanguageModel) -> LanguageModel:
     return replace(model, module=copy.deepcopy(model.module).requires_grad_(False))
 

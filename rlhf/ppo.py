@@ -18,17 +18,17 @@ from torch import Tensor
 import rlhf_kernels
 from rlhf.advantages import score, with_advantages
 from rlhf.config import ConfigError, PPOConfig
-from rlhf.data import Dataset, TokenExample, fingerprint, load
-from rlhf.evaluation import evaluate, load_prompts, of_responses
+from rlhf.data import Dataset, TokenExample, fingerprint, load, prompt_batch
+from rlhf.evaluation import evaluate, load_prompts
 from rlhf.layout import Models, load_models, recomputing
 from rlhf.log import Clock, Run
 from rlhf.losses import ppo_losses, supervised_loss
 from rlhf.model import LanguageModel, check_context
 from rlhf.optim import StepGuard, make_optimizer, set_learning_rate
-from rlhf.reward import KLController
+from rlhf.reward import KLController, per_response
 from rlhf.rollout import Sampling, generate, mix
 from rlhf.sft import collate
-from rlhf.types import Experience, PromptBatch, Rollout, SequenceBatch, TrainResult, micro_batches
+from rlhf.types import Experience, Rollout, SequenceBatch, TrainResult, micro_batches
 from rlhf.watch import Watch, health
 
 Update = tuple[rlhf_kernels.PPOStats, Tensor]  # of an optimizer step: statistics, and () its gradient norm
@@ -68,7 +68,7 @@ def train(
             parts = [part for rows in first_epoch for part in passes(rows, rollout.sequences, models, config)]
             with models.on_device():
                 experience, metrics = score(rollout, models, config, parts, moments, run.poll)
-                gold = of_responses(models.gold, rollout) if models.gold else None
+                gold = per_response(models.gold.score(rollout)) if models.gold else None
             experience = with_advantages(experience, config, kl.coef)
             clock.lap("score")
             rate = set_learning_rate(optimizer, config, step, total)
@@ -108,12 +108,6 @@ def prompts_of(data: Dataset, step: int, config: PPOConfig) -> list[TokenExample
     size = config.batch_size // config.num_generations
     window = data.window(step * size, (step + 1) * size, config.seed)
     return [example for example in window for _ in range(config.num_generations)]
-
-
-def prompt_batch(examples: list[TokenExample]) -> PromptBatch:
-    names = {name for e in examples for name in e.columns}
-    columns = {name: [e.columns.get(name) for e in examples] for name in sorted(names)}
-    return PromptBatch([e.prompt for e in examples], [e.text for e in examples], columns)
 
 
 def load_supervised(config: PPOConfig, models: Models) -> Dataset | None:

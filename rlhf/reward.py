@@ -17,7 +17,7 @@ from torch import Tensor
 
 from rlhf.config import PPOConfig, UsageError
 from rlhf.forward import sequence_scores, token_scores
-from rlhf.model import LanguageModel, Scorer, load_scorer, same_vocabulary, to_bfloat16
+from rlhf.model import LanguageModel, Scorer, frozen, load_scorer, same_vocabulary
 from rlhf.types import Rollout, SequenceBatch, pad_sequences
 
 
@@ -39,24 +39,17 @@ def load_rewards(config: PPOConfig, policy: LanguageModel) -> list[Reward]:
     rewards = [function_reward(name) for name in config.reward]
     budget = (config.per_device_train_batch_size, config.micro_batch_tokens)
     for number, path in enumerate(config.reward_model_path, start=1):
-        rewards.append(model_reward(_frozen(path, config), policy, *budget, name=_numbered("model", number)))
+        scorer = frozen(load_scorer(path, config), config)
+        rewards.append(model_reward(scorer, policy, *budget, name=_numbered("model", number)))
     for number, path in enumerate(config.process_reward_model_path, start=1):
-        name = _numbered("process", number)
-        rewards.append(process_reward(_frozen(path, config), policy, *budget, config.step_separator, name=name))
+        scorer, name = frozen(load_scorer(path, config), config), _numbered("process", number)
+        rewards.append(process_reward(scorer, policy, *budget, config.step_separator, name=name))
     weights = config.reward_weights or [1.0] * len(rewards)
     return [replace(reward, weight=weight) for reward, weight in zip(rewards, weights)]
 
 
 def _numbered(name: str, number: int) -> str:
     return name if number == 1 else f"{name}_{number}"
-
-
-def _frozen(path: str, config: PPOConfig) -> Scorer:
-    scorer = load_scorer(path, config)
-    scorer.module.requires_grad_(False)
-    if config.has("frozen_bf16"):
-        to_bfloat16(scorer.module)
-    return scorer
 
 
 # From rewards to the score of a response
@@ -98,7 +91,7 @@ def score_rollout(
     total, per_token, parts = torch.zeros(len(lengths)), None, {}
     for reward in rewards:
         raw = reward.score(rollout)
-        of_response = raw if raw.dim() == 1 else raw.sum(1)
+        of_response = per_response(raw)
         parts[f"rewards/{reward.name}"] = float(of_response.mean())
         mean, deviation = _moments(of_response, normalization, reward.name, moments)
         if raw.dim() == 1:
@@ -121,6 +114,10 @@ def score_rollout(
         return Scores(total, None, parts)
     per_token = per_token.scatter_add(1, lengths[:, None] - 1, total[:, None])
     return Scores(per_token.sum(1), per_token, parts)
+
+
+def per_response(scores: Tensor) -> Tensor:  # (B,) or (B, R) to (B,)
+    return scores if scores.dim() == 1 else scores.sum(1)
 
 
 def _moments(

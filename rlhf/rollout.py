@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import hashlib
-import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from rlhf.attention import decode_inputs, prefill_inputs
+from rlhf.forward import only
 from rlhf.model import LanguageModel, ModelError
 from rlhf.types import PromptBatch, Rollout, pad_sequences
 
@@ -88,7 +88,7 @@ def _sample(
     cache = DynamicCache()
     inputs = prefill_inputs(ids, padding)
     for t in range(sampling.max_new_tokens):
-        output = model.module(**inputs, past_key_values=cache, use_cache=True, **only_last(model.module, 1))
+        output = model.module(**inputs, past_key_values=cache, use_cache=True, **only(model.module, 1))
         uniform = torch.rand(count, 1, dtype=torch.float64, device=device, generator=generator)
         token, sound = draw(output.logits[:, -1], sampling.temperature, model.vocab_size, uniform[rows])
         finite &= sound
@@ -109,10 +109,6 @@ def _sample(
         inputs = decode_inputs(token, padding, width + t)
     _check_finite(finite)
     return new_ids
-
-
-def only_last(module: nn.Module, count: int) -> dict[str, int]:
-    return {"logits_to_keep": count} if "logits_to_keep" in inspect.signature(module.forward).parameters else {}
 
 
 def draw(
@@ -179,54 +175,6 @@ def _sample_with_transformers(model: LanguageModel, ids, padding, sampling, seed
     finally:
         module.generation_config = own
     return found[:, ids.shape[1] :]
-
-
-def _check_finite(finite: Tensor) -> None:
-    if not bool(finite):
-        raise ModelError("the model gives logits that are NaN or infinite: damaged weights, or training diverged")
-
-
-def _sample_with_transformers(model: LanguageModel, ids, padding, sampling, seed, should_stop) -> Tensor:
-    """The same tokens from transformers' own loop, for models that take no packed sequences."""
-    from transformers import GenerationConfig, LogitsProcessorList
-
-    module, cuda = model.module, [model.device] if model.device.type == "cuda" else []
-    ours = GenerationConfig(
-        max_new_tokens=sampling.max_new_tokens,
-        do_sample=False,  # of what is left by the draw
-        eos_token_id=list(model.eos_ids) or None,
-        pad_token_id=model.pad_id,
-    )
-    generator = torch.Generator(model.device).manual_seed(seed)
-
-    def leave_one(_, scores: Tensor) -> Tensor:
-        uniform = torch.rand(len(scores), 1, dtype=torch.float64, device=scores.device, generator=generator)
-        token, finite = draw(scores, sampling.temperature, model.vocab_size, uniform)
-        _check_finite(finite)
-        return torch.full_like(scores, -torch.inf).scatter_(1, token[:, None], 0.0)
-
-    def stop(ids: Tensor, scores: Tensor, **_) -> Tensor:
-        return torch.full((ids.shape[0],), should_stop(), device=ids.device)
-
-    mask = (torch.arange(ids.shape[1], device=ids.device) >= padding[:, None]).long()
-    # What ours leaves unset would be taken from the model's own configuration, so that one is set aside.
-    own, module.generation_config = module.generation_config, ours
-    try:
-        with torch.random.fork_rng(cuda):
-            found = module.generate(
-                input_ids=ids,
-                attention_mask=mask,
-                generation_config=ours,
-                logits_processor=LogitsProcessorList([leave_one]),
-                stopping_criteria=[stop],
-            )
-    finally:
-        module.generation_config = own
-    return found[:, ids.shape[1] :]
-
-
-def cumulated_probabilities(scores: Tensor, temperature: float) -> Tensor:  # (B, V) to (B, V) float64
-    return torch.softmax(scores / temperature, -1, dtype=torch.float32).double().cumsum(-1)
 
 
 def mix(*keys: int) -> int:
