@@ -6,12 +6,14 @@ import ast
 import difflib
 import importlib
 import inspect
+import json
 import os
 import re
 import sys
 import textwrap
 from dataclasses import MISSING, fields, is_dataclass
 from itertools import pairwise
+from pathlib import Path
 from typing import get_args, get_origin, get_type_hints
 
 from rlhf import config as configs
@@ -64,9 +66,7 @@ def usage() -> str:
 def parse_config(command: str, cls: type, arguments: list[str]):
     """The dataclass from defaults, then YAML, then the command line. Exits with status 2 and one line on a mistake."""
     parser = build_parser(command, cls)
-    for path in _config_files(arguments):
-        check_yaml(path, cls)
-    values = parser.parse_args(arguments).as_dict()
+    values = parser.parse_args(_with_files_read(arguments, cls)).as_dict()
     return cls(**{field.name: values[field.name] for field in fields(cls)})
 
 
@@ -104,20 +104,21 @@ def field_help(cls: type) -> dict[str, str]:
     return texts
 
 
-def check_yaml(path: str, cls: type) -> None:
-    """Refuses what the parser takes silently or without a hint: duplicate keys, unknown keys, no mapping at all."""
+def read_yaml(path: str, cls: type) -> str:
+    """The file's text, one value of a list as a list of one. Refuses what the parser takes silently or without a hint:
+    duplicate keys, unknown keys, no mapping at all."""
     import yaml
 
     try:
-        with open(path, encoding="utf-8") as file:
-            node = yaml.compose(file, Loader=yaml.SafeLoader)
+        text = Path(path).read_text(encoding="utf-8")
+        node = yaml.compose(text, Loader=yaml.SafeLoader)
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: cannot be read: {error}") from error
     except yaml.YAMLError as error:
         raise ConfigError(f"{path}: not YAML: {' '.join(str(error).split())}") from error
     if not isinstance(node, yaml.MappingNode):
         raise ConfigError(f"{path}: expected lines of `field: value`")
-    hints, names, seen = get_type_hints(cls), [field.name for field in fields(cls)], set()
+    hints, names, seen, lone = get_type_hints(cls), [field.name for field in fields(cls)], set(), []
     for key, value in node.value:
         where = f"{path}:{key.start_mark.line + 1}"
         if not isinstance(key, yaml.ScalarNode):
@@ -126,14 +127,28 @@ def check_yaml(path: str, cls: type) -> None:
             raise ConfigError(f"{where}: {key.value} stands twice")
         if key.value not in names:
             raise ConfigError(f"{where}: no field {key.value!r}{_nearest(key.value, names)}")
-        if get_origin(hints[key.value]) is list and not isinstance(value, yaml.SequenceNode):
-            raise ConfigError(f"{where}: {key.value}: expected a list, such as [{value.value}]")
+        if get_origin(hints[key.value]) is list and isinstance(value, yaml.ScalarNode):
+            lone.append(value)
         seen.add(key.value)
+    for value in reversed(lone):
+        start, end = value.start_mark.index, value.end_mark.index
+        written = json.dumps(value.value) if value.tag.endswith(":str") else text[start:end]
+        text = f"{text[:start]}[{written}]{text[end:]}"
+    return text
 
 
-def _config_files(arguments: list[str]) -> list[str]:
-    following = [value for name, value in pairwise(arguments) if name == "--config"]
-    return following + [a.partition("=")[2] for a in arguments if a.startswith("--config=")]
+def _with_files_read(arguments: list[str], cls: type) -> list[str]:
+    """The parser takes the text of a YAML file in place of its name."""
+    read, before = [], ""
+    for argument in arguments:
+        if before == "--config":
+            read.append(read_yaml(argument, cls))
+        elif argument.startswith("--config="):
+            read += ["--config", read_yaml(argument.partition("=")[2], cls)]
+        else:
+            read.append(argument)
+        before = argument
+    return read
 
 
 def _plain(message: str, names: list[str]) -> str:

@@ -65,8 +65,8 @@ class RewardConfig(TrainConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class InitConfig(RunConfig):
-    dataset_name: str
-    """Corpus that the tokenizer is trained on: any file that `rlhf sft` takes."""
+    dataset_name: list[str]
+    """Corpus that the tokenizer is trained on: what `rlhf sft` takes."""
     dataset_split: str = "train"
     """Split of a hub dataset."""
     tokenizer: Literal["bpe", "word"] = "bpe"

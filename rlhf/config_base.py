@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Literal
 
@@ -45,6 +45,8 @@ class RunConfig:
     def __post_init__(self):
         for entry in fields(self):
             value = getattr(self, entry.name)
+            if entry.type.startswith("list") and isinstance(value, str):  # one string is a list of one
+                object.__setattr__(self, entry.name, [value])
             require(value is not None or "None" in entry.type, entry.name, entry.type, value)
             require(not isinstance(value, float) or math.isfinite(value), entry.name, "a finite number", value)
         usable = bool(self.output_dir) and not Path(self.output_dir).is_file()
@@ -56,14 +58,16 @@ class RunConfig:
 class TrainConfig(RunConfig):
     model_name_or_path: str
     """Model to start from: a directory or a hub id."""
-    dataset_name: str
-    """Local .jsonl, .json, .csv, .parquet or .txt file (also .jsonl.gz, .txt.gz), or a hub id."""
+    dataset_name: list[str]
+    """Local .jsonl, .json, .csv, .parquet or .txt files (also .jsonl.gz, .txt.gz), or hub ids; several are joined."""
     dataset_split: str = "train"
     """Split of a hub dataset."""
     per_device_train_batch_size: int = 8
     """Sequences (or pairs) in one forward and backward pass."""
     gradient_accumulation_steps: int = 1
     """Passes summed into one optimizer step; the result equals one large batch."""
+    micro_batch_tokens: int | None = None
+    """Most tokens in one forward and backward pass, in place of per_device_train_batch_size sequences."""
     padding_free: bool = True
     """Pack sequences without padding where the model allows it."""
     max_steps: int = -1
@@ -95,9 +99,22 @@ class TrainConfig(RunConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        at_least_one = "per_device_train_batch_size gradient_accumulation_steps save_total_limit"
+        require(bool(self.dataset_name), "dataset_name", "a file or hub id", self.dataset_name)
+        at_least_one = "per_device_train_batch_size gradient_accumulation_steps save_total_limit micro_batch_tokens"
         require_each(self, "a number >= 1", lambda v: v >= 1, at_least_one)
         require_each(self, "a number >= 0", lambda v: v >= 0, "save_steps warmup_steps weight_decay")
         require_each(self, "a number > 0", lambda v: v > 0, "learning_rate adam_epsilon max_grad_norm")
         require_each(self, "a number in [0, 1)", lambda v: 0 <= v < 1, "adam_beta1 adam_beta2")
         require(self.max_steps == -1 or self.max_steps >= 1, "max_steps", "-1 or a number >= 1", self.max_steps)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoraFields:
+    """Of the configurations of runs that may train adapters over frozen weights (arXiv 2106.09685)."""
+
+    lora_r: int = 16
+    """Rank of the adapters."""
+    lora_alpha: int = 32
+    """Scale of the adapters, over their rank."""
+    lora_target_modules: list[str] = field(default_factory=list)
+    """Names of the adapted modules; by default every linear layer below the head."""

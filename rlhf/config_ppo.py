@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from typing import Literal, get_args
 
-from rlhf.config_base import ConfigError, TrainConfig, require, require_each
+from rlhf.config_base import ConfigError, LoraFields, TrainConfig, require, require_each
 
 Layout = Literal["separate", "shared_value", "lora", "frozen_bf16", "offload"]
 KLEstimator = Literal["k1", "abs", "k2", "k3", "k1+", "abs+", "k2+", "k3+", "full"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class PPOConfig(TrainConfig):
+class PPOConfig(TrainConfig, LoraFields):
     reward_model_path: list[str] = field(default_factory=list)
     """Reward models: directories or hub ids of sequence classifiers with one label."""
     reward: list[str] = field(default_factory=list)
@@ -42,18 +42,10 @@ class PPOConfig(TrainConfig):
     """separate, shared_value (value head on the policy's trunk) or lora (adapters; policy and reference share weights,
     so do value and reward model), and beside it frozen_bf16 (reference and rewards in bfloat16), offload (they leave
     the device between phases)."""
-    lora_r: int = 16
-    """Rank of the adapters."""
-    lora_alpha: int = 32
-    """Scale of the adapters, over their rank."""
-    lora_target_modules: list[str] = field(default_factory=list)
-    """Names of the adapted modules; by default every linear layer below the head."""
     gradient_checkpointing: bool = False
     """Compute each layer's activations again in the backward pass instead of keeping them."""
     optim: Literal["adamw", "adamw_bf16"] = "adamw"
     """adamw_bf16: weights, gradients and moments in bfloat16 with stochastic rounding, 8 bytes a parameter."""
-    micro_batch_tokens: int | None = None
-    """Most tokens in one forward and backward pass, in place of per_device_train_batch_size sequences."""
     dry_run: bool = False
     """Print the memory that the run will take, by part, and load nothing."""
 
@@ -169,12 +161,9 @@ class PPOConfig(TrainConfig):
         return layout in self.memory_layout
 
     def __post_init__(self):
-        for entry in fields(self):  # one string is a list of one
-            if entry.type.startswith("list") and isinstance(value := getattr(self, entry.name), str):
-                object.__setattr__(self, entry.name, [value])
         super().__post_init__()
         at_least_one = """total_episodes num_mini_batches num_ppo_epochs max_prompt_length response_length kl_horizon
-            lora_r lora_alpha micro_batch_tokens num_generations ptx_batch_size eval_prompts"""
+            lora_r lora_alpha num_generations ptx_batch_size eval_prompts"""
         require_each(self, "a number >= 1", lambda v: v >= 1, at_least_one)
         require_each(self, "a number >= 2", lambda v: v >= 2, "ptx_max_length")
         positive = """temperature score_clip kl_target target_kl cliprange_value value_learning_rate warn_kl

@@ -19,19 +19,47 @@ from dataclasses import dataclass
 from functools import lru_cache
 from itertools import chain
 from pathlib import Path
+from typing import Literal
 
-from rlhf.config import UsageError
+from rlhf.config import TrainConfig, UsageError
 from rlhf.types import PromptBatch
 
 TEXT_SUFFIXES = (".txt", ".txt.gz")
 JSONL_SUFFIXES = (".jsonl", ".jsonl.gz")
 TABLE_SUFFIXES = {".json": "json", ".csv": "csv", ".parquet": "parquet"}
-ROW_COLUMNS = ("prompt", "completion", "chosen", "rejected", "messages", "text")
+Form = Literal["prompt", "completion", "unpaired", "preference", "ranking", "steps"]  # what a row is read as
+ANSWERS: dict[Form, tuple[str, ...]] = {  # the columns of its answers
+    "prompt": (), "completion": ("completion",), "unpaired": ("completion",), "preference": ("chosen", "rejected"),
+    "ranking": ("ranking",), "steps": ("completions",),
+}  # fmt: skip
+ROW_COLUMNS = ("prompt", "messages", "text", *dict.fromkeys(chain.from_iterable(ANSWERS.values())))
+MESSAGES = ("prompt", "messages", "completion", "chosen", "rejected")  # what may be a list of them
 DIALOGUE_TURN = "\n\nAssistant:"  # marks the answer in dialogues written as one string, hh-rlhf's format
 
 
 class DataError(UsageError):
     """A file or row that can't be used; the message begins with file:line."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where rows come from."""
+
+    names: tuple[str, ...]  # files or hub ids, one after the other
+    split: str = "train"  # of a hub dataset
+
+    @staticmethod
+    def of(config: TrainConfig) -> Source:
+        return Source(tuple(config.dataset_name), config.dataset_split)
+
+
+@dataclass(frozen=True)
+class Reader:
+    """What rows become tokens by. A language model and a scorer have these, too."""
+
+    tokenizer: object
+    eos_ids: tuple[int, ...]
+    vocab_size: int | None = None  # ids that the model can read
 
 
 @dataclass(frozen=True)
@@ -46,7 +74,7 @@ class Example:
 @dataclass(frozen=True)
 class TokenExample:
     prompt: list[int]  # never empty
-    completions: list[list[int]]  # one, or chosen and rejected; each with its EOS unless it was cut
+    completions: list[list[int]]  # one; chosen and rejected; best first; or steps. With its EOS unless it was cut
     text: str
     columns: dict
 
@@ -168,15 +196,15 @@ def _read_with_datasets(name: str, split: str) -> Iterator[tuple[str, dict]]:
 # Rows to examples
 
 
-def parse(where: str, row: dict, answers: tuple[str, ...], tokenizer) -> Example:
-    """A row as a prompt and the answers it was asked for: ("completion",), ("chosen", "rejected") or () for none.
+def parse(where: str, row: dict, form: Form, tokenizer) -> Example:
+    """A row as a prompt and answers.
 
     `messages` are a prompt and a last turn, or for no answers a prompt alone unless the assistant has the last turn;
     `text` has an empty prompt; chosen and rejected without a prompt have their common beginning taken as the prompt.
     prompt + completion gives the row's text back exactly.
     """
-    row = {name: value for name, value in row.items() if value is not None}
-    if empty := [name for name in ROW_COLUMNS if row.get(name) == []]:
+    answers, row = ANSWERS[form], {name: value for name, value in row.items() if value is not None}
+    if empty := [name for name in MESSAGES if row.get(name) == []]:
         raise DataError(f"{where}: {empty[0]}: expected messages, got an empty list")
     derived = "prompt" not in row
     if derived and "messages" in row:
@@ -190,17 +218,40 @@ def parse(where: str, row: dict, answers: tuple[str, ...], tokenizer) -> Example
         chosen, rejected = _typed(where, row, "chosen", kind), _typed(where, row, "rejected", kind)
         cut = _shared_prompt(chosen, rejected)
         row |= {"prompt": chosen[:cut], "chosen": chosen[cut:], "rejected": rejected[cut:]}
+    if form == "ranking" and "ranking" not in row and {"chosen", "rejected"} <= row.keys():
+        row["ranking"] = [row.pop("chosen"), row.pop("rejected")]
     missing = [name for name in ("prompt", *answers) if name not in row]
     if missing:
         raise DataError(f"{where}: expected the column {missing[0]!r}, got {', '.join(row) or 'an empty row'}")
     if not answers and derived and not row["prompt"]:
         raise DataError(f"{where}: no prompt to continue: give rows with a column `prompt`, or messages of the user")
     kind = list if isinstance(row["prompt"], list) else str
-    prompt, *completions = (_typed(where, row, name, kind) for name in ("prompt", *answers))
+    prompt = _typed(where, row, "prompt", kind)
+    if form in ("ranking", "steps"):
+        completions = _listed(where, row, answers[0], kind, 2 if form == "ranking" else 1)
+    else:
+        completions = [_typed(where, row, name, kind) for name in answers]
+    _check_labels(where, row, form)
     columns = {name: value for name, value in row.items() if name not in ROW_COLUMNS}
     if kind is list:
         prompt, completions = _render(where, prompt, completions, tokenizer)
     return Example(where, prompt, completions, kind is list, columns)
+
+
+def _listed(where: str, row: dict, name: str, kind: type, least: int) -> list:
+    values = row[name]
+    if not isinstance(values, list) or len(values) < least:
+        raise DataError(f"{where}: {name}: expected a list of at least {least}, got {values!r:.80}")
+    return [_typed(where, {f"{name}[{i}]": value}, f"{name}[{i}]", kind) for i, value in enumerate(values)]
+
+
+def _check_labels(where: str, row: dict, form: Form) -> None:
+    if form == "unpaired" and not isinstance(row.get("label"), bool):
+        raise DataError(f"{where}: label: expected true (desired) or false, got {row.get('label')!r:.80}")
+    if form == "steps":
+        labels, count = row.get("labels"), len(row["completions"])
+        if not isinstance(labels, list) or len(labels) != count or not all(isinstance(x, bool) for x in labels):
+            raise DataError(f"{where}: labels: expected {count} of true and false, one a step, got {labels!r:.80}")
 
 
 def _typed(where: str, row: dict, name: str, kind: type):
@@ -242,39 +293,29 @@ def _render(where: str, prompt: list, completions: list[list], tokenizer) -> tup
 # Examples to tokens
 
 
-def load(
-    name: str,
-    split: str,
-    tokenizer,
-    answers: tuple[str, ...],  # see parse
-    max_length: int,
-    eos_ids: tuple[int, ...],
-    vocab_size: int | None = None,  # of the model, which can't read ids from it on
-) -> Dataset:
-    """Every row of a file or hub dataset, by `tokenize`; a plain text for completions becomes blocks of max_length."""
-    if name.endswith(TEXT_SUFFIXES) and answers == ("completion",):
-        return _blocks(name, tokenizer, max_length, vocab_size)
-    dataset = tokenize(read_rows(name, split), tokenizer, answers, max_length, eos_ids, vocab_size)
-    if not len(dataset):
-        raise DataError(f"{name}: no usable row")
-    return dataset
+def load(source: Source, reader: Reader, form: Form, max_length: int) -> Dataset:
+    """Every row of the source, by `tokenize`; a plain text for completions becomes blocks of max_length."""
+    examples, notes = [], Counter()
+    for name in source.names:
+        if name.endswith(TEXT_SUFFIXES) and form == "completion":
+            part = _blocks(name, reader, max_length)
+        else:
+            part = tokenize(read_rows(name, source.split), reader, form, max_length)
+        examples += part.examples
+        notes.update(part.notes)
+    if not examples:
+        raise DataError(f"{', '.join(source.names)}: no usable row")
+    return Dataset(examples, dict(notes))
 
 
-def tokenize(
-    rows: Iterable[tuple[str, dict]],  # file:line, row
-    tokenizer,
-    answers: tuple[str, ...],
-    max_length: int,
-    eos_ids: tuple[int, ...],
-    vocab_size: int | None = None,
-) -> Dataset:
-    """Rows as tokens, cut to max_length: a prompt loses its head, a completion its tail."""
-    examples = [parse(where, row, answers, tokenizer) for where, row in rows]
+def tokenize(rows: Iterable[tuple[str, dict]], reader: Reader, form: Form, max_length: int) -> Dataset:
+    """Rows (file:line, row) as tokens, cut to max_length: a prompt loses its head, a completion its tail."""
+    examples = [parse(where, row, form, reader.tokenizer) for where, row in rows]
     if mixed := next((e for e in examples if e.templated != examples[0].templated), None):
         raise DataError(f"{mixed.where}: mixes messages and text in one dataset")
     kept, notes = [], Counter(rows=len(examples))
-    for example, prompt, completions in _encode(examples, tokenizer, eos_ids):
-        _refuse_unknown(example.where, chain(prompt, *completions), tokenizer, vocab_size)
+    for example, prompt, completions in _encode(examples, reader):
+        _refuse_unknown(example.where, chain(prompt, *completions), reader)
         if not example.prompt and not all(example.completions):
             notes["dropped_empty"] += 1
         elif len(completions) == 2 and completions[0] == completions[1]:
@@ -295,9 +336,10 @@ def fit(prompt: list[int], completions: list[list[int]], max_length: int) -> tup
     return prompt[-(max_length - max(map(len, completions), default=0)) :], completions
 
 
-def _encode(examples: list[Example], tokenizer, eos_ids: tuple[int, ...]) -> Iterator[tuple[Example, list, list]]:
+def _encode(examples: list[Example], reader: Reader) -> Iterator[tuple[Example, list, list]]:
     """Prompt and completion tokens. They are tokenized together, as a model reads them, where that keeps the prompt's
     tokens; otherwise apart, as a model that continues the prompt writes them."""
+    tokenizer, eos_ids = reader.tokenizer, reader.eos_ids
     special = not (examples and examples[0].templated)
     prompts = _token_ids(tokenizer, [e.prompt for e in examples], special)
     texts = [e.prompt + c for e in examples for c in e.completions]
@@ -334,20 +376,20 @@ def _start_id(tokenizer, eos_ids: tuple[int, ...]) -> int:
     return start
 
 
-def _refuse_unknown(where: str, ids: Iterable[int], tokenizer, vocab_size: int | None) -> None:
+def _refuse_unknown(where: str, ids: Iterable[int], reader: Reader) -> None:
     highest = max(ids, default=0)
-    if vocab_size is not None and highest >= vocab_size:
-        token = tokenizer.convert_ids_to_tokens(highest)
+    if reader.vocab_size is not None and highest >= reader.vocab_size:
+        token = reader.tokenizer.convert_ids_to_tokens(highest)
         raise DataError(
-            f"{where}: the model's embedding of {vocab_size} tokens has none for {token!r} ({highest}): resize the "
-            "embedding, or take that token out of the tokenizer"
+            f"{where}: the model's embedding of {reader.vocab_size} tokens has none for {token!r} ({highest}): resize "
+            "the embedding, or take that token out of the tokenizer"
         )
 
 
-def _blocks(path: str, tokenizer, max_length: int, vocab_size: int | None) -> Dataset:
+def _blocks(path: str, reader: Reader, max_length: int) -> Dataset:
     """A plain text in consecutive blocks, the first token of each its prompt. What fills no block is dropped."""
-    ids = _token_ids(tokenizer, [read_text(path)], False)[0]
-    _refuse_unknown(path, ids, tokenizer, vocab_size)
+    ids = _token_ids(reader.tokenizer, [read_text(path)], False)[0]
+    _refuse_unknown(path, ids, reader)
     blocks = [ids[i : i + max_length] for i in range(0, len(ids) - max_length + 1, max_length)]
     if not blocks:
         raise DataError(f"{path}: {len(ids)} tokens are fewer than one block: lower max_length from {max_length}")

@@ -24,7 +24,7 @@ def load_prompts(config: PPOConfig, models: Models) -> list[PromptBatch]:
     if config.eval_dataset_name is None:
         return []
     policy, rows = models.policy, islice(read_rows(config.eval_dataset_name, config.dataset_split), config.eval_prompts)
-    data = tokenize(rows, policy.tokenizer, (), config.max_prompt_length, policy.eos_ids, policy.vocab_size)
+    data = tokenize(rows, policy, "prompt", config.max_prompt_length)
     if not len(data):
         raise DataError(f"{config.eval_dataset_name}: no usable row")
     _check_best_metric(config, models)

@@ -24,7 +24,7 @@ def main(config: GenerateConfig) -> list[dict]:
         rows += islice(read_rows(config.dataset_name, config.dataset_split), config.num_prompts)
     if not rows:
         raise DataError(f"{config.dataset_name}: no usable row")
-    data = tokenize(rows, model.tokenizer, (), config.max_prompt_length, model.eos_ids, model.vocab_size)
+    data = tokenize(rows, model, "prompt", config.max_prompt_length)
     check_context(model, data.longest_prompt + config.max_new_tokens, "longest prompt + max_new_tokens")
     examples = [example for example in data.examples for _ in range(config.num_return_sequences)]
     prompts = PromptBatch([e.prompt for e in examples], [e.text for e in examples], {})

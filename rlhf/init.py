@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import chain
 from pathlib import Path
 
 import torch
@@ -17,9 +18,10 @@ def init(config: InitConfig) -> Path:
     """Writes a directory that transformers loads, and returns it."""
     from transformers import PreTrainedTokenizerFast
 
-    texts = [text for where, row in read_rows(config.dataset_name, config.dataset_split) for text in _strings(row)]
+    rows = chain.from_iterable(read_rows(name, config.dataset_split) for name in config.dataset_name)
+    texts = [text for where, row in rows for text in _strings(row)]
     if not texts:
-        raise DataError(f"{config.dataset_name}: no text in it")
+        raise DataError(f"{', '.join(config.dataset_name)}: no text in it")
     backend = (
         _train_bpe(texts, config.vocab_size) if config.tokenizer == "bpe" else _train_words(texts, config.vocab_size)
     )

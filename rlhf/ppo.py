@@ -18,7 +18,7 @@ from torch import Tensor
 import rlhf_kernels
 from rlhf.advantages import score, with_advantages
 from rlhf.config import ConfigError, PPOConfig
-from rlhf.data import Dataset, TokenExample, fingerprint, load, prompt_batch
+from rlhf.data import Dataset, Source, TokenExample, fingerprint, load, prompt_batch
 from rlhf.evaluation import evaluate, load_prompts
 from rlhf.layout import Models, load_models, recomputing
 from rlhf.log import Clock, Run
@@ -41,8 +41,8 @@ def train(
     if config.dry_run:
         raise ConfigError("dry_run: expected false where a run trains: rlhf.memory.estimate(config) answers it")
     models = load_models(config)
-    policy, size, source = models.policy, config.batch_size, (config.dataset_name, config.dataset_split)
-    data = load(*source, policy.tokenizer, (), config.max_prompt_length, policy.eos_ids, policy.vocab_size)
+    policy, size = models.policy, config.batch_size
+    data = load(Source.of(config), policy, "prompt", config.max_prompt_length)
     models.check_context(data.longest_prompt + config.response_length, "longest prompt + response_length")
     held_out, supervised = load_prompts(config, models), load_supervised(config, models)
     rates = {"policy": config.learning_rate, "value": config.value_learning_rate or config.learning_rate}
@@ -113,10 +113,9 @@ def prompts_of(data: Dataset, step: int, config: PPOConfig) -> list[TokenExample
 def load_supervised(config: PPOConfig, models: Models) -> Dataset | None:
     if config.ptx_dataset_name is None:
         return None
-    policy = models.policy
-    check_context(policy, config.ptx_max_length, "ptx_max_length")
-    source = config.ptx_dataset_name, config.dataset_split, policy.tokenizer, ("completion",)
-    return load(*source, config.ptx_max_length, policy.eos_ids, policy.vocab_size)
+    check_context(models.policy, config.ptx_max_length, "ptx_max_length")
+    source = Source((config.ptx_dataset_name,), config.dataset_split)
+    return load(source, models.policy, "completion", config.ptx_max_length)
 
 
 def supervised_batch(data: Dataset | None, number: int, models: Models, config: PPOConfig) -> SequenceBatch | None:

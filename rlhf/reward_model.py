@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 
 from rlhf.config import RewardConfig
-from rlhf.data import Dataset, TokenExample, load, plan
+from rlhf.data import Dataset, Source, TokenExample, load, plan
 from rlhf.forward import sequence_scores
 from rlhf.log import Run
 from rlhf.losses import preference_loss
@@ -25,8 +25,7 @@ def train(
     """Starts from a language model, whose head gives way to a scalar one, or from a reward model."""
     model = load_scorer(config.model_name_or_path, config, head="random")
     check_context(model, config.max_length, "max_length")
-    source, answers = (config.dataset_name, config.dataset_split), ("chosen", "rejected")
-    data = load(*source, model.tokenizer, answers, config.max_length, model.eos_ids, model.vocab_size)
+    data = load(Source.of(config), model, "preference", config.max_length)
     data, held_out = data.split(config.eval_fraction, config.seed)
     _normalize(model, {})
     optimizer = make_optimizer([(model.module, config.learning_rate)], config)

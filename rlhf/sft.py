@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 
 from rlhf.config import SFTConfig
-from rlhf.data import TokenExample, load, plan
+from rlhf.data import Source, TokenExample, load, plan
 from rlhf.forward import token_logprobs
 from rlhf.log import Run, say_how_logprobs_are_formed
 from rlhf.losses import completion_loss
@@ -23,8 +23,7 @@ def train(
     model = load_language_model(config.model_name_or_path, config)
     say_how_logprobs_are_formed(model)
     check_context(model, config.max_length, "max_length")
-    source = config.dataset_name, config.dataset_split
-    data = load(*source, model.tokenizer, ("completion",), config.max_length, model.eos_ids, model.vocab_size)
+    data = load(Source.of(config), model, "completion", config.max_length)
     optimizer = make_optimizer([(model.module, config.learning_rate)], config)
     batch_size = config.per_device_train_batch_size * config.gradient_accumulation_steps
     windows = plan(len(data), batch_size, config.num_train_epochs, config.max_steps)

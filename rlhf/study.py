@@ -20,7 +20,7 @@ from torch import Tensor
 import rlhf_kernels
 from rlhf import demo, ppo, task
 from rlhf.config import DemoConfig
-from rlhf.data import TokenExample, load, permutation
+from rlhf.data import Source, TokenExample, load, permutation
 from rlhf.demo import GOLD, GOLD_BETA, Judge, Measurement
 from rlhf.forward import response_hidden, token_logprobs
 from rlhf.model import LanguageModel, load_language_model
@@ -210,7 +210,7 @@ def describe(setup: Setup, policy: LanguageModel, result: Measurement) -> dict[s
     reviews = [task.sample_review(rng) for _ in range(HELD_OUT_REVIEWS)]
     rows = [{"prompt": task.PROMPT, "completion": f" {review}"} for review in reviews]
     path = demo.write_rows(setup.folder / "study" / "reviews.jsonl", rows)
-    data = load(path, "train", policy.tokenizer, ("completion",), 32, policy.eos_ids, policy.vocab_size)
+    data = load(Source((path,)), policy, "completion", 32)
     logprobs, _ = token_logprobs(policy, collate_texts(data.examples, policy, True))
     count = len(result.completions)
     return {
@@ -263,8 +263,7 @@ def best_of_n_kl(n: int) -> float:
 def train_dpo(setup: Setup, beta: float) -> dict:
     """On the reward model's pairs, from the SFT model."""
     policy = load_language_model(str(setup.folder / "sft" / "final"), setup.config)
-    source = str(setup.folder / "pairs.jsonl"), "train"
-    data = load(*source, policy.tokenizer, ("chosen", "rejected"), 32, policy.eos_ids, policy.vocab_size)
+    data = load(Source((str(setup.folder / "pairs.jsonl"),)), policy, "preference", 32)
     reference = reference_logprobs(setup.judge.reference, data.examples)
     optimizer = torch.optim.AdamW(policy.module.parameters(), lr=DPO_RATE, weight_decay=0.0)
     order = [i for epoch in range(DPO_EPOCHS) for i in permutation(len(data), f"{setup.config.seed}/{epoch}")]

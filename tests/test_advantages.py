@@ -12,7 +12,7 @@ from test_losses import ppo_config
 from test_ppo_invariance import models_of, sampled
 
 from rlhf.advantages import score, token_rewards, with_advantages
-from rlhf.data import load
+from rlhf.data import Reader, Source, load
 from rlhf.model import load_tokenizer
 from rlhf.ppo import prompts_of
 from rlhf.types import Experience, pad_sequences
@@ -183,7 +183,7 @@ def test_copies_of_a_prompt_stand_side_by_side(tiny_model, corpus):
     """Batch after batch, so that neighbours are a group."""
     config = ppo_config(tiny_model, advantage="rloo", num_generations=3, per_device_train_batch_size=6)
     tokenizer = load_tokenizer(tiny_model)
-    data = load(corpus, "train", tokenizer, (), 8, (2,))
+    data = load(Source((corpus,)), Reader(tokenizer, (2,)), "prompt", 8)
     for step in (0, 1, 5):
         one, two = data.window(2 * step, 2 * step + 2, config.seed)
         assert prompts_of(data, step, config) == [one, one, one, two, two, two] and one.prompt != two.prompt

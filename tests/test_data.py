@@ -9,7 +9,20 @@ import pytest
 from conftest import SHARED_DATA
 from tiny_models import write_jsonl
 
-from rlhf.data import DataError, Dataset, TokenExample, fit, load, parse, plan, read_rows, tokenize
+from rlhf.data import (
+    DataError,
+    Dataset,
+    Example,
+    Reader,
+    Source,
+    TokenExample,
+    fit,
+    load,
+    parse,
+    plan,
+    read_rows,
+    tokenize,
+)
 from rlhf.model import load_tokenizer
 
 TEMPLATE = (
@@ -44,7 +57,7 @@ def test_a_bad_row_is_named_by_file_and_line(tmp_path, tokenizer, line, problem)
     vocab_size = len(tokenizer)
     tokenizer.add_tokens(["new"])
     with pytest.raises(DataError) as error:
-        load(str(path), "train", tokenizer, ("completion",), 16, (2,), vocab_size)
+        load(Source((str(path),)), Reader(tokenizer, (2,), vocab_size), "completion", 16)
     assert str(error.value).startswith(f"{path}:3: ") and problem in str(error.value)
 
 
@@ -64,7 +77,7 @@ def test_files_that_cannot_be_read(tmp_path, tokenizer):
         with pytest.raises(DataError, match=f"{name}.*: cannot be read"):
             list(read_rows(str(tmp_path / name)))
     with pytest.raises(DataError, match=r"empty\.jsonl: no usable row"):
-        load(write_jsonl(tmp_path / "empty.jsonl", []), "train", tokenizer, (), 16, (2,))
+        load(Source((write_jsonl(tmp_path / "empty.jsonl", []),)), Reader(tokenizer, (2,)), "prompt", 16)
 
 
 def test_csv_json_and_parquet_give_the_rows_of_jsonl(tmp_path):
@@ -90,7 +103,7 @@ def test_csv_json_and_parquet_give_the_rows_of_jsonl(tmp_path):
     ],
 )
 def test_the_shared_beginning_is_the_prompt(chosen, rejected, prompt):
-    example = parse("f:1", {"chosen": chosen, "rejected": rejected}, ("chosen", "rejected"), None)
+    example = parse("f:1", {"chosen": chosen, "rejected": rejected}, "preference", None)
     assert example.prompt == prompt
     assert [example.prompt + completion for completion in example.completions] == [chosen, rejected]
 
@@ -98,12 +111,12 @@ def test_the_shared_beginning_is_the_prompt(chosen, rejected, prompt):
 def test_messages_are_rendered_and_end_once(tokenizer):
     tokenizer.chat_template = TEMPLATE
     turns = [{"role": "user", "content": "the film"}, {"role": "assistant", "content": "was good"}]
-    example = parse("f:1", {"messages": turns}, ("completion",), tokenizer)
+    example = parse("f:1", {"messages": turns}, "completion", tokenizer)
     assert example.prompt.endswith("<assistant> ") and example.completions == [f"was good {tokenizer.eos_token}\n"]
-    data = tokenize([("f:1", {"messages": turns})], tokenizer, ("completion",), 32, (tokenizer.eos_token_id,))
+    data = tokenize([("f:1", {"messages": turns})], Reader(tokenizer, (tokenizer.eos_token_id,)), "completion", 32)
     assert data.examples[0].completions[0].count(tokenizer.eos_token_id) == 1
     pair = {"chosen": turns, "rejected": [turns[0], {"role": "assistant", "content": "was bad"}]}
-    assert parse("f:1", pair, ("chosen", "rejected"), tokenizer).prompt == example.prompt
+    assert parse("f:1", pair, "preference", tokenizer).prompt == example.prompt
 
 
 def test_a_prompt_alone_keeps_its_last_turn_unless_that_is_the_answer(tokenizer):
@@ -111,8 +124,8 @@ def test_a_prompt_alone_keeps_its_last_turn_unless_that_is_the_answer(tokenizer)
     system, user, assistant = ({"role": r, "content": r} for r in ("system", "user", "assistant"))
     for turns in ([user], [system, user], [user, assistant, user]):
         expected = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
-        assert parse("f:1", {"messages": turns}, (), tokenizer).prompt == expected
-        assert parse("f:1", {"messages": [*turns, assistant]}, (), tokenizer).prompt == expected
+        assert parse("f:1", {"messages": turns}, "prompt", tokenizer).prompt == expected
+        assert parse("f:1", {"messages": [*turns, assistant]}, "prompt", tokenizer).prompt == expected
 
 
 @pytest.mark.parametrize(
@@ -125,21 +138,21 @@ def test_a_prompt_alone_keeps_its_last_turn_unless_that_is_the_answer(tokenizer)
 )
 def test_a_row_without_a_prompt_gives_none(tokenizer, row):
     with pytest.raises(DataError, match=r"^f:1: no prompt to continue: give rows"):
-        parse("f:1", row, (), tokenizer)
-    assert parse("f:1", {"prompt": ""}, (), tokenizer).prompt == ""  # what is asked for is given
+        parse("f:1", row, "prompt", tokenizer)
+    assert parse("f:1", {"prompt": ""}, "prompt", tokenizer).prompt == ""  # what is asked for is given
 
 
 def test_tokens_and_text_of_a_row(tokenizer):
     eos = tokenizer.eos_token_id
     row = {"prompt": "the film", "completion": " was good", "label": 7}
-    example = tokenize([("f:1", row)], tokenizer, ("completion",), 16, (eos,)).examples[0]
+    example = tokenize([("f:1", row)], Reader(tokenizer, (eos,)), "completion", 16).examples[0]
     ids = tokenizer.convert_tokens_to_ids(["the", "film", "was", "good"])
     assert (example.prompt, example.completions) == (ids[:2], [[*ids[2:], eos]])
     assert (example.text, example.columns) == ("the film", {"label": 7})
 
 
 def test_an_empty_prompt_starts_with_bos(tokenizer):
-    data = tokenize([("f:1", {"text": "the film"})], tokenizer, ("completion",), 16, (tokenizer.eos_token_id,))
+    data = tokenize([("f:1", {"text": "the film"})], Reader(tokenizer, (tokenizer.eos_token_id,)), "completion", 16)
     assert data.examples[0].prompt == [tokenizer.bos_token_id]
 
 
@@ -150,7 +163,7 @@ def test_a_beginning_that_equals_the_end_stands_once(tokenizer):
     eos = tokenizer.eos_token_id
     begin = TemplateProcessing(single="<|eos|> $A", special_tokens=[("<|eos|>", eos)])
     tokenizer.backend_tokenizer.post_processor = begin
-    example = tokenize([("f:1", {"text": "the film"})], tokenizer, ("completion",), 16, (eos,)).examples[0]
+    example = tokenize([("f:1", {"text": "the film"})], Reader(tokenizer, (eos,)), "completion", 16).examples[0]
     assert (example.prompt, example.completions) == ([eos], [[*tokenizer.convert_tokens_to_ids(["the", "film"]), eos]])
 
 
@@ -164,7 +177,7 @@ def test_a_long_prompt_loses_its_head_and_a_completion_its_tail():
 def test_what_is_cut_or_dropped_is_counted(tokenizer):
     pair = {"prompt": "the film", "chosen": "was good", "rejected": "was good"}
     rows = [pair, pair | {"rejected": "was bad"}, pair | {"chosen": "was very very very good"}]
-    data = tokenize([("f", row) for row in rows], tokenizer, ("chosen", "rejected"), 6, (tokenizer.eos_token_id,))
+    data = tokenize([("f", row) for row in rows], Reader(tokenizer, (tokenizer.eos_token_id,)), "preference", 6)
     assert data.notes == {"rows": 3, "dropped_identical": 1, "cut_prompts": 0, "cut_completions": 1}
     assert tokenizer.eos_token_id not in data.examples[1].completions[0]  # what was cut did not end
 
@@ -172,11 +185,11 @@ def test_what_is_cut_or_dropped_is_counted(tokenizer):
 def test_a_plain_text_becomes_blocks(tmp_path, tokenizer):
     path = tmp_path / "text.txt"
     path.write_text("the film was good " * 5)
-    data = load(str(path), "train", tokenizer, ("completion",), 8, (2,))
+    data = load(Source((str(path),)), Reader(tokenizer, (2,)), "completion", 8)
     assert [len(e.prompt + e.completions[0]) for e in data.examples] == [8, 8]
     assert data.notes == {"blocks": 2, "dropped_tokens": 4}
     with pytest.raises(DataError, match="lower max_length from 64"):
-        load(str(path), "train", tokenizer, ("completion",), 64, (2,))
+        load(Source((str(path),)), Reader(tokenizer, (2,)), "completion", 64)
 
 
 def make_dataset(n: int) -> Dataset:
@@ -215,6 +228,38 @@ def test_held_out_examples_are_apart():
 @pytest.mark.skipif(not SHARED_DATA.exists(), reason="the real data are not here")
 def test_real_dialogues_split_exactly_at_the_last_answer():
     for where, row in read_rows(str(SHARED_DATA / "hh-harmless-base-1500.jsonl.gz")):
-        example = parse(where, row, ("chosen", "rejected"), None)
+        example = parse(where, row, "preference", None)
         assert example.prompt.endswith("\n\nAssistant:")
         assert [example.prompt + c for c in example.completions] == [row["chosen"], row["rejected"]]
+
+
+def read(row: dict, form: str, tokenizer=None) -> Example:
+    return parse("f:1", row, form, tokenizer)
+
+
+def test_a_row_is_read_in_the_form_that_a_command_asks_for():
+    ranked = read({"prompt": "a", "ranking": [" b", " c", " d"]}, "ranking")
+    assert (ranked.prompt, ranked.completions) == ("a", [" b", " c", " d"])
+    pair = read({"chosen": "the film was good", "rejected": "the film was bad", "margin": 2.0}, "ranking")
+    assert (pair.completions, pair.columns) == ([" good", " bad"], {"margin": 2.0})
+    judged = read({"prompt": "a", "completion": " b", "label": False}, "unpaired")
+    assert (judged.completions, judged.columns) == ([" b"], {"label": False})
+    steps = read({"prompt": "a", "completions": ["b", "c"], "labels": [True, False]}, "steps")
+    assert (steps.completions, steps.columns) == (["b", "c"], {"labels": [True, False]})
+
+
+@pytest.mark.parametrize(
+    ("form", "row", "problem"),
+    [
+        ("ranking", {"ranking": ["b"]}, "f:1: ranking: expected a list of at least 2"),
+        ("ranking", {"ranking": ["b", 3]}, "f:1: ranking[1]: expected text, got 3"),
+        ("ranking", {"completion": "b"}, "f:1: expected the column 'ranking'"),
+        ("unpaired", {"completion": "b", "label": 1}, "f:1: label: expected true (desired) or false, got 1"),
+        ("steps", {"completions": [], "labels": []}, "f:1: completions: expected a list of at least 1"),
+        ("steps", {"completions": ["b"], "labels": [True, False]}, "f:1: labels: expected 1 of true and false"),
+    ],
+)
+def test_a_row_of_another_form_is_refused(form, row, problem):
+    with pytest.raises(DataError) as error:
+        read({"prompt": "a"} | row, form)
+    assert problem in str(error.value)

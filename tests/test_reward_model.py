@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from rlhf.config import RewardConfig
-from rlhf.data import load
+from rlhf.data import Source, load
 from rlhf.forward import sequence_scores
 from rlhf.model import load_scorer
 from rlhf.reward_model import collate, score_pairs, train
@@ -41,7 +41,7 @@ def test_scores_of_the_training_data_have_mean_0_and_deviation_1(trained):
     config, result = trained
     scorer = load_scorer(str(result.final_dir), config)
     assert scorer.module.config.reward_mean == pytest.approx(result.metrics["reward_mean"])
-    data = load(config.dataset_name, "train", scorer.tokenizer, ("chosen", "rejected"), 32, scorer.eos_ids)
+    data = load(Source.of(config), scorer, "preference", 32)
     scores = score_pairs(scorer, data.split(0.25, config.seed)[0], 8)
     assert float(scores.mean()) == pytest.approx(0.0, abs=1e-5) and float(scores.std()) == pytest.approx(1.0, abs=1e-5)
 
@@ -53,7 +53,7 @@ def test_transformers_loads_it_with_the_same_score(trained):
     other = AutoModelForSequenceClassification.from_pretrained(result.final_dir)
     scorer = load_scorer(str(result.final_dir), config)
     assert other.config.num_labels == 1
-    data = load(config.dataset_name, "train", scorer.tokenizer, ("chosen", "rejected"), 32, scorer.eos_ids)
+    data = load(Source.of(config), scorer, "preference", 32)
     batch = collate(data.examples[:1], scorer)
     with torch.no_grad():
         raw = other(batch.ids[:1, : int(batch.lengths[0])]).logits[0, 0]
@@ -70,7 +70,7 @@ def test_training_goes_on_from_a_reward_model(trained, tmp_path):
 
 def test_pairs_stand_in_one_batch_chosen_first(tiny_model, pairs):
     scorer = load_scorer(tiny_model, config_for(tiny_model, pairs, "o"), head="zero")
-    data = load(pairs, "train", scorer.tokenizer, ("chosen", "rejected"), 32, scorer.eos_ids)
+    data = load(Source((pairs,)), scorer, "preference", 32)
     batch = collate(data.examples[:3], scorer)
     texts = [scorer.tokenizer.decode(row[: n - 1]) for row, n in zip(batch.ids.tolist(), batch.lengths.tolist())]
     assert all(text.endswith("great") for text in texts[:3])

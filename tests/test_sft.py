@@ -11,7 +11,7 @@ from conftest import SHARED_DATA
 
 from rlhf import sft
 from rlhf.config import InitConfig, SFTConfig
-from rlhf.data import DataError, TokenExample, load
+from rlhf.data import DataError, Source, TokenExample, load
 from rlhf.init import init
 from rlhf.losses import completion_loss
 from rlhf.model import ModelError, load_language_model
@@ -52,7 +52,7 @@ def test_the_loss_of_a_step_is_the_mean_over_completion_tokens(tiny_model, corpu
         tiny_model, corpus, tmp_path, max_steps=1, per_device_train_batch_size=2, gradient_accumulation_steps=4
     )
     model = load_language_model(tiny_model, config)
-    data = load(corpus, "train", model.tokenizer, ("completion",), 16, model.eos_ids)
+    data = load(Source((corpus,)), model, "completion", 16)
     total, count = 0.0, 0
     for example in data.window(0, 8, config.seed):
         ids = torch.tensor([example.prompt + example.completions[0]])
