@@ -13,15 +13,15 @@ from rlhf.config import TrainConfig, TrainingDiverged
 
 def make_optimizer(models: list[tuple[nn.Module, float]], config: TrainConfig) -> torch.optim.Optimizer:
     """One AdamW over (module, peak learning rate) pairs. Vectors (norms, biases) have no weight decay."""
-    groups = []
+    alike: dict[tuple[float, float], list[nn.Parameter]] = {}  # one group of each kind: a group is a call
     for module, rate in models:
-        trained = [p for p in module.parameters() if p.requires_grad]
-        for decay, params in (
-            (config.weight_decay, [p for p in trained if p.dim() >= 2]),
-            (0.0, [p for p in trained if p.dim() < 2]),
-        ):
-            groups.append({"params": params, "weight_decay": decay, "peak_lr": rate, "lr": rate})
-    groups = [group for group in groups if group["params"]]
+        for parameter in filter(lambda p: p.requires_grad, module.parameters()):
+            decay = config.weight_decay if parameter.dim() >= 2 else 0.0
+            alike.setdefault((decay, rate), []).append(parameter)
+    groups = [
+        {"params": params, "weight_decay": decay, "peak_lr": rate, "lr": rate}
+        for (decay, rate), params in alike.items()
+    ]
     options = {"betas": (config.adam_beta1, config.adam_beta2), "eps": config.adam_epsilon}
     if getattr(config, "optim", "adamw") == "adamw_bf16":
         return rlhf_kernels.AdamWBF16(groups, **options, seed=config.seed)

@@ -6,6 +6,7 @@ rewards, ppo_loss, adamw_bf16_ on the weights. `backends()` says which kernel se
 the others do not.
 """
 
+from . import _first_calls
 from ._head import Chunking
 from ._library import Backends, backend, backends, load_kernels
 from .lm_head import LMHead, lm_head_of
@@ -31,6 +32,7 @@ from .stats import DPOStats, PPOStats
 __version__ = "0.1.0"
 
 load_kernels()
+_first_calls.make()
 
 __all__ = [
     "AdamWBF16", "AdvantageOptions", "Backends", "Chunking", "DPOOptions", "DPOStats", "LMHead", "PPOAdvantages",
