@@ -25,6 +25,7 @@ COMMANDS = {  # name: what it does, its configuration, what runs it
     "reward": ("train a reward model on comparisons", "RewardConfig", "rlhf.reward_model:train"),
     "ppo": ("optimise a policy against reward models and reward functions", "PPOConfig", "rlhf.ppo:train"),
     "generate": ("sample from a model", "GenerateConfig", "rlhf.generate:main"),
+    "eval": ("measure models on held-out data: loss, accuracy, win-rate, best-of-n", "EvalConfig", "rlhf.eval:main"),
     "demo": ("run the whole pipeline on a task with a known gold reward", "DemoConfig", "rlhf.study:main"),
     "env": ("print versions, devices and kernels, for a bug report", "EnvConfig", "rlhf.env:main"),
 }

@@ -97,6 +97,11 @@ class TrainConfig(RunConfig):
     report_to: Literal["auto", "none", "tensorboard", "wandb", "trackio"] = "auto"
     """Tracker beside metrics.jsonl, which is always written; auto is TensorBoard where it is installed."""
 
+    @property
+    def budget(self) -> tuple[int, int | None]:
+        """(sequences, or tokens where there is a number) in one forward pass."""
+        return self.per_device_train_batch_size, self.micro_batch_tokens
+
     def __post_init__(self):
         super().__post_init__()
         require(bool(self.dataset_name), "dataset_name", "a file or hub id", self.dataset_name)
@@ -118,3 +123,62 @@ class LoraFields:
     """Scale of the adapters, over their rank."""
     lora_target_modules: list[str] = field(default_factory=list)
     """Names of the adapted modules; by default every linear layer below the head."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class MemoryFields:
+    """Of the configurations of runs that can train in less memory."""
+
+    gradient_checkpointing: bool = False
+    """Compute each layer's activations again in the backward pass instead of keeping them."""
+    optim: Literal["adamw", "adamw_bf16"] = "adamw"
+    """adamw_bf16: weights, gradients and moments in bfloat16 with stochastic rounding, 8 bytes a parameter."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SupervisedFields:
+    """Of what scores texts: which of their tokens count."""
+
+    completion_only_loss: bool = True
+    """Score the completion alone where a row has a prompt; otherwise the whole text."""
+    assistant_only_loss: bool = False
+    """Score every turn of the assistant in a conversation; by default the last turn alone is the completion, and
+    with completion_only_loss false all turns count."""
+
+    @property
+    def form(self) -> Literal["completion", "dialogue"]:
+        """What rows are read as."""
+        return "dialogue" if self.assistant_only_loss else "completion"
+
+    @property
+    def scores_completions(self) -> bool:
+        """The assistant's turns are completions, whatever completion_only_loss says."""
+        return self.completion_only_loss or self.assistant_only_loss
+
+
+@dataclass(frozen=True, kw_only=True)
+class RewardFields:
+    """Of what scores responses."""
+
+    reward_model_path: list[str] = field(default_factory=list)
+    """Reward models: directories or hub ids of sequence classifiers with one label."""
+    reward: list[str] = field(default_factory=list)
+    """Reward functions as module:function, f(prompts, completions, **columns) -> numbers, one a completion or token."""
+    process_reward_model_path: list[str] = field(default_factory=list)
+    """Scorers read at the last token of every step of a response, where their score is paid out."""
+    step_separator: str = "\n"
+    """Text that ends a step of a response, for process_reward_model_path."""
+    reward_weights: list[float] = field(default_factory=list)
+    """Weights of the rewards: functions, reward models, process reward models in this order; by default 1 each."""
+
+    @property
+    def has_reward(self) -> bool:
+        return bool(self.reward_model_path or self.reward or self.process_reward_model_path)
+
+    def check_rewards(self) -> None:
+        for function in self.reward:
+            require(all(function.partition(":")), "reward", "module:function", function)
+        count = len(self.reward_model_path) + len(self.process_reward_model_path) + len(self.reward)
+        fits = len(self.reward_weights) in (0, count)
+        require(fits, "reward_weights", f"{count} numbers, one a reward", self.reward_weights)
+        require(bool(self.step_separator), "step_separator", "a text", self.step_separator)

@@ -77,6 +77,7 @@ class TokenExample:
     completions: list[list[int]]  # one; chosen and rejected; best first; or steps. With its EOS unless it was cut
     text: str
     columns: dict
+    counted: list[bool] | None = None  # of the completion's tokens; None: all
 
 
 @dataclass(frozen=True)

@@ -214,6 +214,12 @@ def make_folder(config: RunConfig) -> Path:
     return folder
 
 
+def refuse_training_run(folder: Path, wanted: str) -> None:
+    """Of commands that write but once: not over what a run needs to go on."""
+    if (folder / "metrics.jsonl").exists():
+        raise UsageError(f"output_dir: {folder} holds a training run: use another output_dir for {wanted}")
+
+
 def save_config(config: RunConfig) -> None:
     """config.yaml, which --config takes."""
     (make_folder(config) / "config.yaml").write_text(yaml.safe_dump(asdict(config), sort_keys=False), encoding="utf-8")

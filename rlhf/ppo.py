@@ -73,7 +73,7 @@ def train(
             clock.lap("score")
             rate = set_learning_rate(optimizer, config, step, total)
             updates: list[Update] = []
-            with recomputing(models, config):
+            with recomputing(models.modules, config):
                 for number, rows in enumerate(batches, start=step * len(batches)):
                     extra = supervised_batch(supervised, number, models, config)
                     warming = step < config.value_warmup_steps
@@ -154,7 +154,7 @@ def update(
 ) -> Update:
     """One optimizer step: a micro-batch at a time, each divided by the tokens (or sequences) of the whole minibatch."""
     in_loss = kl_coef if config.kl_in == "loss" else 0.0
-    tokens = int(experience.sequences.response_lengths[minibatch].sum())
+    tokens = int(experience.sequences.counted_lengths[minibatch].sum())
     counted = tokens if config.loss_reduction == "token_mean" else len(minibatch)
     denominator = torch.tensor(float(counted)).to(experience.scores.device, non_blocking=True)
     losses, stats = [], []
