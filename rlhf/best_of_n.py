@@ -18,7 +18,7 @@ def expected_best(
 ) -> Tensor:  # (...) float64
     """The mean reward of the sample with the highest proxy, over all subsets of n: the unbiased estimate from N samples
     (arXiv 2112.09332, appendix I). In order of the proxy, sample i is the best of C(i, n-1) of C(N, n) subsets."""
-    order, count = proxy.argsort(-1, stable=True), proxy.shape[-1]
+    order, count = proxy.argsort(dim=-1, stable=True), proxy.shape[-1]
     below = torch.arange(n - 1, count, dtype=torch.float64)
 
     def log_choose(total: Tensor, chosen: int) -> Tensor:

@@ -67,7 +67,7 @@ def main(config: EvalConfig) -> dict[str, Figures]:
         draw(folder / "best_of_n.png", found["best_of_n"]["curve"])
     report = {"config": asdict(config), **found}
     (folder / "eval.json").write_text(json.dumps(without_nan(report), indent=2) + "\n", encoding="utf-8")
-    show_table(str(folder), rows_of(found))
+    show_table(str(folder), rows_of(found), ruled=False)
     return found
 
 
@@ -166,7 +166,7 @@ def of_preference(subject: Subject) -> Figures:
         found |= with_error(f"{name}/accuracies", (chosen > rejected).float())
         found |= with_error(f"{name}/margins", chosen - rejected)
         found |= with_error(f"{name}/chosen", chosen) | with_error(f"{name}/rejected", rejected)
-    chosen, rejected = -ours.losses.view(-1, 2).unbind(1)
+    chosen, rejected = (-ours.losses).view(-1, 2).unbind(1)
     found |= with_error("logps/chosen", chosen) | with_error("logps/rejected", rejected)
     return found | {"pairs": len(data)}
 

@@ -234,7 +234,7 @@ def _append(path: Path, rows: list[dict]) -> None:
         file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
 
 
-def show_table(title: str, rows: list[dict]) -> None:
+def show_table(title: str, rows: list[dict], ruled: bool = True) -> None:
     from rich.console import Console
     from rich.markup import escape
     from rich.table import Table
@@ -243,7 +243,7 @@ def show_table(title: str, rows: list[dict]) -> None:
         text = f"{value:.3f}" if isinstance(value, float) else str(value).strip()
         return escape(text if len(text) <= 240 else f"{text[:40]} … {text[-200:]}")
 
-    table = Table(*rows[0], title=title, show_lines=True)
+    table = Table(*rows[0], title=title, show_lines=ruled)
     for row in rows:
         table.add_row(*map(cell, row.values()))
     Console().print(table)

@@ -107,7 +107,7 @@ class Fit:
     """Of a model to rows, (N,) float64 on the host."""
 
     losses: Tensor  # sum of -log p of the tokens that count
-    hits: Tensor  # how many of these the model holds likeliest
+    hits: Tensor  # how many of these the model holds likeliest; NaN where nobody asked
     tokens: Tensor  # how many they are
 
     @property
@@ -130,8 +130,9 @@ def fit(
     examples: list[TokenExample],
     budget: tuple[int, int | None],  # sequences, or tokens where there is a number, in one forward pass
     completion_only: bool,
+    hits: bool = True,
 ) -> Fit:
-    found = torch.zeros(2, len(examples), dtype=torch.float64)
+    losses, right = torch.full((2, len(examples)), torch.nan, dtype=torch.float64)
     tokens = []
     for start in range(0, len(examples), GROUP):
         batch = collate(examples[start : start + GROUP], model, completion_only)
@@ -140,9 +141,11 @@ def fit(
             part = batch.rows(rows)
             hidden = response_hidden(model, part) if model.head.fused else None
             logprobs, _ = token_logprobs(model, part, hidden=hidden)
-            hits = (likeliest_tokens(model, part, hidden) == part.response_ids).float()
-            found[:, start + rows] = torch.stack([part.unpack(x).double().sum(1) for x in (-logprobs, hits)]).cpu()
-    return Fit(*found, torch.cat(tokens).double())
+            losses[start + rows] = -part.unpack(logprobs).double().sum(1).cpu()
+            if hits:
+                same = likeliest_tokens(model, part, hidden) == part.response_ids
+                right[start + rows] = part.unpack(same).double().sum(1).cpu()
+    return Fit(losses, right, torch.cat(tokens).double())
 
 
 def evaluate(model: LanguageModel, data: Dataset, config: SFTConfig) -> dict[str, float]:
