@@ -8,10 +8,11 @@ import torch
 from torch import Tensor
 
 from rlhf.config import PPOConfig, UsageError
-from rlhf.data import DataError, prompt_batch, read_rows, tokenize
+from rlhf.data import prompt_batch, tokenize
 from rlhf.forward import token_logprobs
 from rlhf.layout import Models
 from rlhf.model import LanguageModel
+from rlhf.read import DataError, Tally, read_rows
 from rlhf.reward import Shaping, per_response, score_rollout
 from rlhf.rollout import Sampling, generate
 from rlhf.types import PromptBatch, Rollout
@@ -23,8 +24,9 @@ def load_prompts(config: PPOConfig, models: Models) -> list[PromptBatch]:
     """Held-out prompts in batches that training's memory holds."""
     if config.eval_dataset_name is None:
         return []
-    policy, rows = models.policy, islice(read_rows(config.eval_dataset_name, config.dataset_split), config.eval_prompts)
-    data = tokenize(rows, policy, "prompt", config.max_prompt_length)
+    tally = Tally(config.on_bad_row)
+    rows = islice(read_rows(config.eval_dataset_name, config.dataset_split, tally.bad), config.eval_prompts)
+    data = tokenize(rows, models.policy, "prompt", config.max_prompt_length, tally)
     if not len(data):
         raise DataError(f"{config.eval_dataset_name}: no usable row")
     _check_best_metric(config, models)

@@ -7,12 +7,14 @@ from collections.abc import Callable
 import torch
 
 from rlhf.config import SFTConfig
-from rlhf.data import Source, TokenExample, load, plan
+from rlhf.data import load, plan
 from rlhf.forward import token_logprobs
 from rlhf.log import Run, say_how_logprobs_are_formed
 from rlhf.losses import completion_loss
 from rlhf.model import LanguageModel, check_context, load_language_model
 from rlhf.optim import StepGuard, make_optimizer, set_learning_rate
+from rlhf.read import Source
+from rlhf.tokens import TokenExample
 from rlhf.types import SequenceBatch, TrainResult, pad_sequences
 
 

@@ -12,7 +12,8 @@ NATIVE = (".cpp", ".cu", ".h", ".cuh")
 
 # Each file of the trainer imports only from files above it.
 TRAINER = (
-    "config_base", "config_ppo", "config", "types", "data", "attention", "model", "forward", "rollout", "reward",
+    "config_base", "config_ppo", "config", "types", "read", "chat", "rows", "tokens", "data",
+    "attention", "model", "forward", "rollout", "reward",
     "optim", "checkpoint", "track", "log", "layout", "advantages", "losses", "evaluation", "watch", "sft",
     "reward_model", "ppo",
     "memory", "init", "generate", "env", "task", "demo", "study_report", "study", "cli", "__main__",
