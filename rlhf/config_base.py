@@ -59,9 +59,13 @@ class TrainConfig(RunConfig):
     model_name_or_path: str
     """Model to start from: a directory or a hub id."""
     dataset_name: list[str]
-    """Local .jsonl, .json, .csv, .parquet or .txt files (also .jsonl.gz, .txt.gz), or hub ids; several are joined."""
+    """Files (.jsonl .json .csv .txt, each also .gz or .zst, and .parquet), directories of them, or hub ids, joined."""
     dataset_split: str = "train"
     """Split of a hub dataset."""
+    dataset_weights: list[float] = field(default_factory=list)
+    """How often the rows of each dataset stand in an epoch: 0.5 another half each time, 2 twice; by default once."""
+    on_bad_row: Literal["error", "skip"] = "error"
+    """What a row that cannot be used does: end the run, or be left out and counted."""
     per_device_train_batch_size: int = 8
     """Sequences (or pairs) in one forward and backward pass."""
     gradient_accumulation_steps: int = 1
@@ -105,6 +109,9 @@ class TrainConfig(RunConfig):
     def __post_init__(self):
         super().__post_init__()
         require(bool(self.dataset_name), "dataset_name", "a file or hub id", self.dataset_name)
+        count, weights = len(self.dataset_name), self.dataset_weights
+        fits = len(weights) in (0, count) and all(0 < weight < math.inf for weight in weights)
+        require(fits, "dataset_weights", f"a number > 0 for each of the {count} datasets", weights)
         at_least_one = "per_device_train_batch_size gradient_accumulation_steps save_total_limit micro_batch_tokens"
         require_each(self, "a number >= 1", lambda v: v >= 1, at_least_one)
         require_each(self, "a number >= 0", lambda v: v >= 0, "save_steps warmup_steps weight_decay")

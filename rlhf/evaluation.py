@@ -10,12 +10,14 @@ import torch
 from torch import Tensor
 
 from rlhf.config import PPOConfig, UsageError
-from rlhf.data import DataError, Dataset, TokenExample, prompt_batch, read_rows, tokenize
+from rlhf.data import Dataset, prompt_batch, tokenize
 from rlhf.forward import token_logprobs
 from rlhf.layout import Models
 from rlhf.model import LanguageModel
+from rlhf.read import DataError, Source, Tally, read_rows
 from rlhf.reward import Reward, Scores, Shaping, per_response, score_rollout
 from rlhf.rollout import Sampling, generate
+from rlhf.tokens import TokenExample
 from rlhf.types import PromptBatch, Rollout
 
 SEED = 7_919  # apart from those of training's rollouts, and the same at every evaluation
@@ -24,11 +26,13 @@ SEED = 7_919  # apart from those of training's rollouts, and the same at every e
 # Prompts
 
 
-def read_prompts(names: list[str], split: str, count: int, policy: LanguageModel, max_prompt_length: int) -> Dataset:
-    rows = islice(chain.from_iterable(read_rows(name, split) for name in names), count)
-    data = tokenize(rows, policy, "prompt", max_prompt_length)
+def read_prompts(source: Source, count: int, policy: LanguageModel, max_prompt_length: int) -> Dataset:
+    """The first `count` rows."""
+    tally = Tally(source.on_bad_row)
+    rows = chain.from_iterable(read_rows(name, source.split, tally.bad) for name in source.names)
+    data = tokenize(islice(rows, count), policy, "prompt", max_prompt_length, tally)
     if not len(data):
-        raise DataError(f"{', '.join(names)}: no usable row")
+        raise DataError(f"{', '.join(source.names)}: no usable row")
     return data
 
 
@@ -40,8 +44,8 @@ def load_prompts(config: PPOConfig, models: Models) -> list[PromptBatch]:
     """Held-out prompts in batches that training's memory holds."""
     if config.eval_dataset_name is None:
         return []
-    source = [config.eval_dataset_name], config.dataset_split, config.eval_prompts
-    data = read_prompts(*source, models.policy, config.max_prompt_length)
+    source = Source((config.eval_dataset_name,), config.dataset_split, on_bad_row=config.on_bad_row)
+    data = read_prompts(source, config.eval_prompts, models.policy, config.max_prompt_length)
     _check_best_metric(config, models)
     models.check_context(data.longest_prompt + config.response_length, "longest held-out prompt + response_length")
     return in_batches(data.examples, config.batch_size)

@@ -6,9 +6,10 @@ from itertools import islice
 from pathlib import Path
 
 from rlhf.config import GenerateConfig
-from rlhf.data import DataError, read_rows, tokenize
+from rlhf.data import tokenize
 from rlhf.log import refuse_training_run, save_config, show_table, write_samples
 from rlhf.model import check_context, load_language_model
+from rlhf.read import DataError, read_rows
 from rlhf.rollout import Sampling, generate
 from rlhf.types import PromptBatch
 

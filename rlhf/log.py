@@ -73,6 +73,8 @@ class Run:
         device, dtype = choose_device(config)
         cut = ", ".join(f"{count} {name}" for name, count in dataset.notes.items() if count)
         say(f"{self.folder}: {device.type}, {dtype} compute; {cut}; steps {self.completed + 1} to {total}")
+        for reason in dataset.reasons:
+            say(f"skipped {reason}")
 
     def _resume(self) -> None:
         choice, found = self.config.resume, list_checkpoints(self.folder)

@@ -13,13 +13,15 @@ import torch
 from torch import Tensor
 
 from rlhf.config import ConfigError, SFTConfig
-from rlhf.data import Dataset, Source, TokenExample, load, plan
+from rlhf.data import Dataset, load, plan
 from rlhf.forward import likeliest_tokens, response_hidden, token_logprobs
 from rlhf.layout import enable_checkpointing, recomputing
 from rlhf.log import Run, say_how_logprobs_are_formed
 from rlhf.losses import completion_loss
 from rlhf.model import LanguageModel, check_context, load_language_model, to_bfloat16, with_adapters
 from rlhf.optim import StepGuard, make_optimizer, set_learning_rate
+from rlhf.read import Source
+from rlhf.tokens import TokenExample
 from rlhf.types import SequenceBatch, TrainResult, pad_sequences
 
 GROUP = 256  # held-out rows that are sorted into forward passes together
@@ -125,7 +127,7 @@ class Fit:
 
 
 @torch.no_grad()
-def fit(
+def measure(
     model: LanguageModel,
     examples: list[TokenExample],
     budget: tuple[int, int | None],  # sequences, or tokens where there is a number, in one forward pass
@@ -152,7 +154,7 @@ def evaluate(model: LanguageModel, data: Dataset, config: SFTConfig) -> dict[str
     """On rows that were held out; nothing when none were."""
     if not len(data):
         return {}
-    found = fit(model, data.examples, config.budget, config.scores_completions)
+    found = measure(model, data.examples, config.budget, config.scores_completions)
     return {
         "eval/loss": found.loss,
         "eval/perplexity": found.perplexity,

@@ -21,13 +21,15 @@ import rlhf_kernels
 from rlhf import demo, ppo, task
 from rlhf.best_of_n import best_of_n_kl, expected_best
 from rlhf.config import DemoConfig
-from rlhf.data import Source, TokenExample, load, permutation
+from rlhf.data import load, permutation
 from rlhf.demo import GOLD, GOLD_BETA, Judge, Measurement
 from rlhf.forward import response_hidden, token_logprobs
 from rlhf.model import LanguageModel, load_language_model
+from rlhf.read import Source
 from rlhf.reward_model import collate as collate_pairs
 from rlhf.sft import collate as collate_texts
 from rlhf.study_report import draw, markdown, show
+from rlhf.tokens import TokenExample
 
 BETAS = (0.0, 0.05, 0.2, 0.4)  # reward per nat
 SWEEP_STEPS = 60  # at beta 0 gold is 1.7 after 10 and -3.4 after 40; at a rate of 1e-3 it fell from the third step on

@@ -9,21 +9,11 @@ import pytest
 from conftest import SHARED_DATA
 from tiny_models import write_jsonl
 
-from rlhf.data import (
-    DataError,
-    Dataset,
-    Example,
-    Reader,
-    Source,
-    TokenExample,
-    fit,
-    load,
-    parse,
-    plan,
-    read_rows,
-    tokenize,
-)
+from rlhf.data import Dataset, load, plan, tokenize
 from rlhf.model import load_tokenizer
+from rlhf.read import DataError, Source, read_rows
+from rlhf.rows import Example, parse
+from rlhf.tokens import Reader, TokenExample, fit
 
 TEMPLATE = (
     "{% for m in messages %}<{{ m.role }}> {{ m.content }} {{ eos_token }}\n{% endfor %}"
@@ -46,7 +36,7 @@ def tokenizer(tiny_model):
         (b'{"prompt": 3, "completion": "a"}\n', "prompt: expected text, got 3"),
         (b'{"prompt": [1], "completion": [2]}\n', "prompt: expected messages with role and content"),
         (b'{"prompt": "\xff", "completion": "a"}\n', "not UTF-8"),
-        (b'{"messages": [{"role": "user", "content": "a"}]}\n', "the tokenizer has none"),
+        (b'{"messages": [{"role": "assistant", "content": "a"}]}\n', "the tokenizer has none"),
         (b'{"messages": []}\n', "messages: expected messages, got an empty list"),
         (b'{"prompt": "a", "completion": "new"}\n', "the model's embedding of 18 tokens has none for 'new' (18)"),
     ],
