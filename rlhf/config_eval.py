@@ -20,9 +20,11 @@ NEEDS: dict[Metric, tuple[str, ...]] = {  # the fields of each, in the order of 
 @dataclass(frozen=True, kw_only=True)
 class EvalConfig(RunConfig, SupervisedFields, RewardFields):
     dataset_name: list[str]
-    """Files or hub ids, several are joined: rows with completions (or messages, or text), pairs, or prompts."""
+    """Files, directories or hub ids, joined: rows with completions (or messages, or text), pairs, or prompts."""
     dataset_split: str = "train"
     """Split of a hub dataset."""
+    on_bad_row: Literal["error", "skip"] = "error"
+    """What a row that cannot be used does: end the run, or be left out and counted."""
     model_name_or_path: str | None = None
     """Language model to measure: a directory or a hub id."""
     ref_model_name_or_path: str | None = None

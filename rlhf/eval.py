@@ -24,9 +24,9 @@ from torch import Tensor
 from rlhf.best_of_n import curve, draw
 from rlhf.config import EvalConfig, UsageError
 from rlhf.config_eval import NEEDS, Metric
-from rlhf.data import Dataset, Form, Source, load, read_rows
+from rlhf.data import Dataset, load
 from rlhf.evaluation import in_batches, mean_parts, read_prompts, respond, response_kl, standard_error, wins
-from rlhf.log import refuse_training_run, save_config, say, show_table
+from rlhf.log import refuse_training_run, save_config, say, say_notes, show_table
 from rlhf.model import (
     LanguageModel,
     ModelError,
@@ -37,10 +37,12 @@ from rlhf.model import (
     load_scorer,
     same_vocabulary,
 )
+from rlhf.read import Source, Tally, read_rows
 from rlhf.reward import Reward, Shaping, load_rewards
 from rlhf.reward_model import score_pairs
 from rlhf.rollout import Sampling
-from rlhf.sft import fit
+from rlhf.rows import Form
+from rlhf.sft import measure
 
 Figures = dict[str, float]
 COLUMNS: dict[Metric, tuple[set[str], ...]] = {  # sets of columns, any of which a row must have
@@ -71,11 +73,16 @@ def main(config: EvalConfig) -> dict[str, Figures]:
     return found
 
 
+def source_of(config: EvalConfig) -> Source:
+    return Source(tuple(config.dataset_name), config.dataset_split, on_bad_row=config.on_bad_row)
+
+
 def chosen_metrics(config: EvalConfig) -> list[Metric]:
     """Those that are asked for, or all that the fields and the first row's columns allow."""
     if config.metrics:
         return [name for name in NEEDS if name in config.metrics]
-    _, row = next(read_rows(config.dataset_name[0], config.dataset_split), ("", {}))
+    rows = read_rows(config.dataset_name[0], config.dataset_split, Tally(config.on_bad_row).bad)
+    _, row = next(rows, ("", {}))
     fitting = [name for name in NEEDS if any(columns <= row.keys() for columns in COLUMNS[name])]
     if able := [name for name in fitting if not config.lacks(name)]:
         return able
@@ -110,8 +117,9 @@ class Subject:
 
     def rows(self, model, form: Form) -> Dataset:
         check_context(model, self.config.max_length, "max_length")
-        source = Source(tuple(self.config.dataset_name), self.config.dataset_split)
-        return load(source, model, form, self.config.max_length)
+        data = load(source_of(self.config), model, form, self.config.max_length)
+        say_notes(form, data)
+        return data
 
 
 # Rows
@@ -120,7 +128,7 @@ class Subject:
 def of_loss(subject: Subject) -> Figures:
     config, model = subject.config, subject.policy
     data = subject.rows(model, config.form)
-    found = fit(model, data.examples, config.budget, config.scores_completions)
+    found = measure(model, data.examples, config.budget, config.scores_completions)
     error = of_ratio(found.losses, found.tokens)
     return {
         "loss": found.loss,
@@ -156,10 +164,10 @@ def of_preference(subject: Subject) -> Figures:
         raise ModelError(f"ref_model_name_or_path: {path} has another vocabulary than the model: leave it out")
     data = subject.rows(policy, "preference")
     sides = [replace(e, completions=[side]) for e in data.examples for side in e.completions]
-    ours = fit(policy, sides, config.budget, completion_only=True, hits=False)
+    ours = measure(policy, sides, config.budget, completion_only=True, hits=False)
     ratios = -ours.losses
     if reference:
-        ratios = ratios + fit(reference, sides, config.budget, completion_only=True, hits=False).losses
+        ratios = ratios + measure(reference, sides, config.budget, completion_only=True, hits=False).losses
     found = {}
     for name, of_side in (("rewards", config.beta * ratios), ("per_token", config.beta * ratios / ours.tokens)):
         chosen, rejected = of_side.view(-1, 2).unbind(1)
@@ -193,8 +201,8 @@ class Samples:
 def sample(
     config: EvalConfig, policy: LanguageModel, rewards: list[Reward], reference: LanguageModel | None = None
 ) -> Samples:
-    source = config.dataset_name, config.dataset_split, config.num_prompts
-    data = read_prompts(*source, policy, config.max_prompt_length)
+    data = read_prompts(source_of(config), config.num_prompts, policy, config.max_prompt_length)
+    say_notes("prompt", data)
     readers = [reward.reader for reward in rewards if reward.reader]
     for model in (policy, *readers):
         check_context(model, data.longest_prompt + config.max_new_tokens, "longest prompt + max_new_tokens")

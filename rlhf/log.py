@@ -71,10 +71,7 @@ class Run:
             _keep_until(self.folder / name, self.completed)
         save_config(config)
         device, dtype = choose_device(config)
-        cut = ", ".join(f"{count} {name}" for name, count in dataset.notes.items() if count)
-        say(f"{self.folder}: {device.type}, {dtype} compute; {cut}; steps {self.completed + 1} to {total}")
-        for reason in dataset.reasons:
-            say(f"skipped {reason}")
+        say_notes(f"{self.folder}: {device.type}, {dtype} compute; steps {self.completed + 1} to {total}", dataset)
 
     def _resume(self) -> None:
         choice, found = self.config.resume, list_checkpoints(self.folder)
@@ -198,6 +195,13 @@ class Clock:
 
 def say(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
+
+
+def say_notes(what: str, dataset: Dataset) -> None:
+    """What became of its rows."""
+    say("; ".join([what, ", ".join(f"{count} {name}" for name, count in dataset.notes.items() if count)]))
+    for reason in dataset.reasons:
+        say(f"skipped {reason}")
 
 
 def say_how_logprobs_are_formed(model: LanguageModel) -> None:
