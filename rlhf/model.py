@@ -194,6 +194,8 @@ def with_adapters(model: LanguageModel | Scorer, config: LoraFields) -> Language
             module.add_adapter(settings)
         except ValueError as error:  # no module of that name, or of a kind that takes no adapter
             raise UsageError(f"lora_target_modules: {' '.join(str(error).split()):.300}") from error
+    for found in module.peft_config.values():  # a set, whose order changes from process to process
+        found.target_modules = sorted(found.target_modules)
     for parameter in module.parameters():
         if parameter.requires_grad:  # peft gives adapters the type of what they adapt
             parameter.data = parameter.data.float()

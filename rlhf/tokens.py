@@ -143,7 +143,7 @@ def _encode(examples: list[Example], reader: Reader) -> Iterator[tuple[Example, 
         for _ in example.completions:
             joint, own = next(whole), next(alone)
             ids = joint[len(prompt) :] if joint[: len(prompt)] == prompt else own
-            completions.append(_ended(ids, eos_ids))
+            completions.append(_ended(ids, reader))
         prompt = prompt or [_start_id(reader, example.where)]
         yield example, TokenExample(prompt, completions, example.prompt, example.columns)
 
@@ -179,18 +179,21 @@ def _encode_dialogues(examples: list[Example], reader: Reader) -> Iterator[Token
         first = counted.index(True) if last else 0
         answer, counted = ids[first:last], counted[first:last]
         if answer and not text[ends[last - 1] :].strip():
-            answer = _ended(answer, reader.eos_ids)
-            counted += [True] * (len(answer) - len(counted))
+            answer = _ended(answer, reader)
+            counted = [*counted, True][: len(answer)]
         prompt = ids[:first] or [_start_id(reader, example.where)]
         yield TokenExample(prompt, [answer], example.prompt, example.columns, counted)
 
 
-def _ended(ids: list[int], eos_ids: tuple[int, ...]) -> list[int]:
-    """One EOS at the end. Chat templates write theirs, often with a newline after it."""
-    for end in (len(ids), len(ids) - 1):
-        if end > 0 and ids[end - 1] in eos_ids:
-            return ids[:end]
-    return [*ids, *eos_ids[:1]]
+def _ended(ids: list[int], reader: Reader) -> list[int]:
+    """One EOS at the end. Chat templates write theirs, often with a newline after it; tokenizers that end every text
+    write another."""
+    ends, end = [token in reader.eos_ids for token in ids], len(ids)
+    if ends[-2:] == [True, False] and not reader.tokenizer.decode(ids[-1:]).strip():
+        end -= 1
+    while ends[max(end - 2, 0) : end] == [True, True]:
+        end -= 1
+    return ids[:end] if end and ends[end - 1] else [*ids[:end], *reader.eos_ids[:1]]
 
 
 def _start_id(reader: Reader, where: str) -> int:
