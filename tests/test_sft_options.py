@@ -110,7 +110,8 @@ def test_without_it_the_last_turn_is_the_completion_and_on_request_all_turns_cou
     path = write_jsonl(tmp_path / "rows.jsonl", rows[:3])
     model, found = None, {}
     for name, only in (("last", True), ("all", False)):
-        config = config_for(chat_model, path, tmp_path / name, completion_only_loss=only)
+        changes = {"completion_only_loss": only, "per_device_train_batch_size": 3}
+        config = config_for(chat_model, path, tmp_path / name, **changes)
         model = model or load_language_model(chat_model, config)
         data, _ = load_rows(config, model)
         found[name] = train(config).metrics
@@ -298,8 +299,8 @@ def test_every_command_starts_from_the_adapters(adapted, tiny_model, corpus, pai
     rm = reward_model.train(RewardConfig(**once, dataset_name=pairs, output_dir=str(tmp_path / "rm"), max_length=32))
     rollouts = {"response_length": 4, "max_prompt_length": 8, "reward_model_path": str(rm.final_dir)}
     ppo.train(PPOConfig(**once, **rollouts, dataset_name=corpus, output_dir=str(tmp_path / "ppo")))
-    samples = generate.main(GenerateConfig(**common, prompt=["the film"], output_dir=str(tmp_path / "s")))
-    assert samples[0]["completion"]
+    sampling = {"prompt": ["the film"], "max_new_tokens": 8, "output_dir": str(tmp_path / "samples")}
+    assert generate.main(GenerateConfig(**common, **sampling))[0]["completion"]
 
 
 # Errors
