@@ -144,7 +144,7 @@ def _encode(examples: list[Example], reader: Reader) -> Iterator[tuple[Example, 
         for _ in example.completions:
             joint, own = next(whole), next(alone)
             ids = joint[len(prompt) :] if joint[: len(prompt)] == prompt else own
-            completions.append(_ended(ids, eos_ids))
+            completions.append(_ended(ids, reader))
         prompt = prompt or [_start_id(reader, example.where)]
         yield example, TokenExample(prompt, completions, example.prompt, example.columns)
 
@@ -180,18 +180,19 @@ def _encode_dialogues(examples: list[Example], reader: Reader) -> Iterator[Token
         first = counted.index(True) if last else 0
         answer, counted = ids[first:last], counted[first:last]
         if answer and not text[ends[last - 1] :].strip():
-            answer = _ended(answer, reader.eos_ids)
+            answer = _ended(answer, reader)
             counted += [True] * (len(answer) - len(counted))
         prompt = ids[:first] or [_start_id(reader, example.where)]
         yield TokenExample(prompt, [answer], example.prompt, example.columns, counted)
 
 
-def _ended(ids: list[int], eos_ids: tuple[int, ...]) -> list[int]:
-    """One EOS at the end. Chat templates write theirs, often with a newline after it."""
-    for end in (len(ids), len(ids) - 1):
-        if end > 0 and ids[end - 1] in eos_ids:
-            return ids[:end]
-    return [*ids, *eos_ids[:1]]
+def _ended(ids: list[int], reader: Reader) -> list[int]:
+    """One EOS at the end. Chat templates write theirs, often with a newline after it, which goes."""
+    if ids and ids[-1] in reader.eos_ids:
+        return ids
+    if len(ids) > 1 and ids[-2] in reader.eos_ids and not reader.tokenizer.decode(ids[-1:]).strip():
+        return ids[:-1]
+    return [*ids, *reader.eos_ids[:1]]
 
 
 def _start_id(reader: Reader, where: str) -> int:
