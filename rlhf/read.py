@@ -149,7 +149,7 @@ def _jsonl(path: str, bad: Callable[[DataError], None]) -> Iterator[tuple[str, d
     try:
         with _open(path) as file:
             for number, line in enumerate(file, start=1):
-                if not line.strip():
+                if not line.removeprefix(BOM).strip():
                     continue
                 try:
                     row = _row(f"{path}:{number}", _parsed(f"{path}:{number}", line))

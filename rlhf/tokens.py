@@ -50,7 +50,8 @@ def file_examples(
         empty = False
         yield example
     if empty:
-        told = [f"{count} {note}" for note, count in (tally.notes - notes).items()] + tally.reasons[reasons:][:1]
+        counts = (tally.notes - notes).items()
+        told = [f"{count} {note}" for note, count in counts if note != "rows"] + tally.reasons[reasons:][:1]
         raise DataError(f"{name}: no usable row{': ' * bool(told)}{'; '.join(told)}")
 
 
