@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import shutil
 from pathlib import Path
 
 import pytest
@@ -24,10 +23,6 @@ from rlhf.tokens import Reader
 from rlhf.types import SequenceBatch
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-TEMPLATE = (
-    "{% for m in messages %} {{ m.role }} {{ m.content }} {{ eos_token }}{% endfor %}"
-    "{% if add_generation_prompt %} assistant{% endif %}"
-)
 
 
 def config_for(tiny_model, corpus, folder, **changes) -> SFTConfig:
@@ -52,27 +47,6 @@ def trained(config: SFTConfig) -> tuple[dict, list[torch.Tensor]]:
 
 
 # Dialogues
-
-
-@pytest.fixture(scope="module")
-def chat_model(tiny_model, tmp_path_factory) -> str:
-    folder = shutil.copytree(tiny_model, tmp_path_factory.mktemp("chat") / "model")
-    (folder / "chat_template.jinja").write_text(TEMPLATE)
-    return str(folder)
-
-
-@pytest.fixture(scope="module")
-def dialogues(tmp_path_factory) -> str:
-    def turns(*texts: str) -> list[dict]:
-        return [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(texts)]
-
-    rows = [
-        turns("the film", "was good", "the plot", "was very dull"),
-        turns("the play", "was fine"),
-        turns("the actor", "was bad", "and the story", "great", "was the film", "dull"),
-        turns("the film", "was good", "the play"),
-    ]
-    return write_jsonl(tmp_path_factory.mktemp("chat") / "rows.jsonl", [{"messages": row} for row in rows])
 
 
 def by_hand(model, examples, kinds: list[list[bool]]) -> tuple[float, int]:
@@ -325,7 +299,7 @@ def test_a_fraction_of_no_row_and_rows_that_are_no_dialogues_are_named(tiny_mode
     with pytest.raises(ConfigError, match=r"eval_fraction: 0.01 of 40 rows is none"):
         train(config)
     config = config_for(tiny_model, dialogues, tmp_path, assistant_only_loss=True)
-    with pytest.raises(DataError, match=r"rows.jsonl:1: messages need a chat template and the tokenizer has none"):
+    with pytest.raises(DataError, match=r"dialogues.jsonl:1: messages need a chat template and the tokenizer has none"):
         train(config)
     assert not (tmp_path / "metrics.jsonl").exists()
 
