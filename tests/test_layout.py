@@ -15,6 +15,7 @@ TRAINER = (
     "config_base", "config_ppo", "config_eval", "config", "types", "read", "chat", "rows", "tokens", "data",
     "attention", "model", "forward", "rollout", "reward", "optim", "checkpoint", "track", "log", "layout",
     "advantages", "losses", "evaluation", "best_of_n", "watch", "sft", "reward_model", "ppo",
+    "memory", "init", "generate", "eval", "env", "task", "demo", "study_report", "study", "cli", "__main__",
 )  # fmt: skip
 
 
