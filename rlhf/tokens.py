@@ -44,7 +44,9 @@ def file_examples(
     if kind_of(name) == ".txt" and form in ("completion", "dialogue"):
         found = _text_blocks(name, reader, max_length, tally.notes)
     else:
-        found = token_examples(read_rows(name, source.split, tally.bad), reader, form, max_length, tally)
+        found = token_examples(
+            read_rows(name, source.split, tally.bad, source.streamed > 0), reader, form, max_length, tally
+        )
     empty, notes, reasons = True, Counter(tally.notes), len(tally.reasons)
     for example in found:
         empty = False

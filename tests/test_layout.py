@@ -12,7 +12,7 @@ NATIVE = (".cpp", ".cu", ".h", ".cuh")
 
 # Each file of the trainer imports only from files above it.
 TRAINER = (
-    "config_base", "config_ppo", "config", "types", "read", "chat", "rows", "tokens", "data",
+    "config_base", "config_ppo", "config", "types", "order", "read", "chat", "rows", "tokens", "store", "data",
     "attention", "model", "forward", "rollout", "reward",
     "optim", "checkpoint", "track", "log", "layout", "advantages", "losses", "evaluation", "watch", "sft",
     "reward_model", "ppo",
