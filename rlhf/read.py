@@ -50,7 +50,7 @@ class Tally:
         if self.on_bad_row == "error":
             raise error
         self.notes["skipped_rows"] += 1
-        if len(self.reasons) < REASONS:
+        if len(self.reasons) < REASONS and str(error) not in self.reasons:
             self.reasons.append(str(error))
 
     def add(self, other: Tally) -> None:
@@ -189,7 +189,7 @@ def _jsonl(path: str, bad: Callable[[DataError], None]) -> Iterator[tuple[str, d
                 if not line.removeprefix(BOM).strip():
                     continue
                 try:
-                    row = _row(f"{path}:{number}", _parsed(f"{path}:{number}", line))
+                    row = _row(f"{path}:{number}", _parsed(f"{path}:{number}", line.rstrip()))
                 except DataError as error:
                     bad(error)
                 else:
@@ -226,7 +226,7 @@ def _parsed(where: str, data: bytes) -> object:
         return json.loads(text, object_pairs_hook=_object, parse_constant=_no_number)
     except json.JSONDecodeError as error:
         place = f"line {error.lineno} column {error.colno}" if error.lineno > 1 else f"column {error.colno}"
-        raise DataError(f"{where}: not valid JSON: {error.msg} at {place}") from error
+        raise DataError(f"{where}: not valid JSON: {error.msg.removesuffix(' at')} at {place}") from error
     except (ValueError, RecursionError) as error:
         raise DataError(f"{where}: not valid JSON: {error}") from error
 

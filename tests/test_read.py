@@ -159,7 +159,5 @@ def test_hub_datasets_are_read_whole_or_streamed(files, tmp_path, monkeypatch, t
     stream = load(Source(("org/name",), streamed=4), reader, "completion", 16)
     assert asked[-1] == ("org/name", "train", True)
     assert Counter(e.text for e in stream.window(0, SHUFFLED, 1)) == {"the film": SHUFFLED / 2, "7": SHUFFLED / 2}
-    with pytest.raises(
-        DataError, match=r"^org/name: neither a file nor a dataset that loads: .*Unknown split"
-    ):
+    with pytest.raises(DataError, match=r"^org/name: neither a file nor a dataset that loads: .*Unknown split"):
         next(read_rows("org/name", "dev"))
