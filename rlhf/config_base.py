@@ -64,6 +64,10 @@ class TrainConfig(RunConfig):
     """Split of a hub dataset."""
     dataset_weights: list[float] = field(default_factory=list)
     """How often the rows of each dataset stand in an epoch: 0.5 another half each time, 2 twice; by default once."""
+    dataset_streaming: bool = False
+    """Read rows as they are needed, shuffled in blocks of 1,024; weights are shares of the stream. Needs max_steps."""
+    dataset_cache_dir: str | None = None
+    """Where rows that became tokens are kept for the next run; by default nowhere."""
     on_bad_row: Literal["error", "skip"] = "error"
     """What a row that cannot be used does: end the run, or be left out and counted."""
     per_device_train_batch_size: int = 8
@@ -111,6 +115,8 @@ class TrainConfig(RunConfig):
         require(bool(self.dataset_name), "dataset_name", "a file or hub id", self.dataset_name)
         count, weights = len(self.dataset_name), self.dataset_weights
         fits = len(weights) in (0, count) and all(0 < weight < math.inf for weight in weights)
+        endless = self.dataset_streaming and self.max_steps < 1
+        require(not endless, "max_steps", "a number >= 1 with dataset_streaming, which has no end", self.max_steps)
         require(fits, "dataset_weights", f"a number > 0 for each of the {count} datasets", weights)
         at_least_one = "per_device_train_batch_size gradient_accumulation_steps save_total_limit micro_batch_tokens"
         require_each(self, "a number >= 1", lambda v: v >= 1, at_least_one)

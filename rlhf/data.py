@@ -8,15 +8,19 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import random
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from itertools import islice
 
-from rlhf.read import DataError, Source, Tally, files_of
+from rlhf.config import ConfigError
+from rlhf.order import epoch_order, permutation
+from rlhf.read import DataError, Source, Tally, content_of, files_of
 from rlhf.rows import Form
+from rlhf.store import Examples, stored_examples
 from rlhf.tokens import Reader, TokenExample, file_examples, token_examples
 from rlhf.types import PromptBatch
+
+SHUFFLED = 1024  # examples of a stream that are shuffled at a time
 
 
 @dataclass(frozen=True)
@@ -47,7 +51,8 @@ class Dataset:
         """(rest, held out), both in file order; what is held out stands once, whatever its dataset's weight."""
         count = len(self.examples)
         held = set(permutation(count, f"{seed}/eval")[: int(count * fraction)])
-        sides = [[e for i, e in enumerate(self.examples) if (i in held) == side] for side in (False, True)]
+        places = [[i for i in range(count) if (i in held) == side] for side in (False, True)]
+        sides = [Examples(self.examples[i] for i in side) for side in places]
         parts, start = [], 0
         for size, taken in self._parts:
             kept = sum(i not in held for i in range(start, start + size))
@@ -58,6 +63,76 @@ class Dataset:
     def fingerprint(self) -> str:
         """Of all that training reads. Of a column that is no JSON the type counts: its repr may hold an address."""
         return fingerprint((e.prompt, e.completions, e.text, e.columns, e.counted) for e in self.examples)
+
+
+class Stream:
+    """Stands where a Dataset does, and has no end: a dataset that ends begins again.
+
+    Rows come in the order of the files and are shuffled within blocks of SHUFFLED. Several datasets take turns, by
+    their weights, or equally. What a window holds depends on its place and the seed alone; it is reached by reading
+    all that stands before it, from the beginning where an earlier one is asked for.
+    """
+
+    def __init__(self, source: Source, reader: Reader, form: Form, max_length: int):
+        self.source, self.reader, self.form, self.longest_prompt = source, reader, form, max_length
+        self._begin()
+        for name in source.names:  # refuses now, not in the middle of a run, what cannot be read at all
+            next(self._endless(name))
+        self._begin()
+
+    def _begin(self) -> None:
+        self.tally, self._number, self._block = Tally(self.source.on_bad_row), -1, []
+        self._coming = self._mixed()
+
+    def __len__(self) -> int:
+        """Examples that the run takes, which are an epoch for want of an end."""
+        return self.source.streamed
+
+    @property
+    def notes(self) -> dict[str, int]:
+        """Of the rows that were read so far, which are some more than were used."""
+        return dict(self.tally.notes)
+
+    @property
+    def reasons(self) -> tuple[str, ...]:
+        return tuple(self.tally.reasons)
+
+    def window(self, start: int, stop: int, seed: int) -> list[TokenExample]:
+        places = [divmod(i, SHUFFLED) for i in range(start, stop)]
+        return [self._block_at(number)[permutation(SHUFFLED, f"{seed}/{number}")[i]] for number, i in places]
+
+    def _block_at(self, number: int) -> list[TokenExample]:
+        if number < self._number:
+            self._begin()
+        while self._number < number:
+            self._block, self._number = list(islice(self._coming, SHUFFLED)), self._number + 1
+        return self._block
+
+    def _mixed(self) -> Iterator[TokenExample]:
+        """Whose turn it is: of the dataset that is furthest behind its share."""
+        weights = self.source.weights or (1.0,) * len(self.source.names)
+        passes, due = [self._endless(name) for name in self.source.names], [0.0] * len(weights)
+        while True:
+            due = [owed + weight / sum(weights) for owed, weight in zip(due, weights)]
+            turn = max(range(len(due)), key=due.__getitem__)
+            due[turn] -= 1
+            yield next(passes[turn])
+
+    def _endless(self, name: str) -> Iterator[TokenExample]:
+        while True:
+            for file in files_of(name):
+                yield from file_examples(file, self.source, self.reader, self.form, self.longest_prompt, self.tally)
+
+    def split(self, fraction: float, seed: int) -> tuple[Stream, Dataset]:
+        if fraction:
+            way_out = "a stream has no rows to hold out"
+            raise ConfigError(f"eval_fraction: expected 0 with dataset_streaming, got {fraction}: {way_out}")
+        return self, Dataset((), {})
+
+    def fingerprint(self) -> str:
+        """Of the content of local files, and the names of hub datasets."""
+        files = [file for name in self.source.names for file in files_of(name)]
+        return fingerprint(content_of(file, self.source.split, streaming=True) for file in files)
 
 
 def fingerprint(rows: Iterable) -> str:
@@ -79,34 +154,15 @@ def plan(count: int, batch_size: int, epochs: float, max_steps: int) -> list[tup
     return [(start, min(start + batch_size, seen)) for start in range(0, seen, batch_size)]
 
 
-@lru_cache(maxsize=4)
-def permutation(n: int, key: str) -> list[int]:
-    order = list(range(n))
-    random.Random(key).shuffle(order)
-    return order
-
-
-@lru_cache(maxsize=4)
-def epoch_order(parts: tuple[tuple[int, int], ...], seed: int, epoch: int) -> list[int]:
-    """Which example stands where. Of a dataset that an epoch takes in part, epochs take one part after the other of its
-    own shuffled passes: every example comes before one comes again."""
-    chosen, start = [], 0
-    for number, (count, taken) in enumerate(parts):
-        copies, rest = divmod(taken, count) if count else (0, 0)
-        chosen += list(range(start, start + count)) * copies
-        for i in range(epoch * rest, (epoch + 1) * rest):
-            chosen.append(start + permutation(count, f"{seed}/{number}/{i // count}")[i % count])
-        start += count
-    return [chosen[i] for i in permutation(len(chosen), f"{seed}/{epoch}")]
-
-
-def load(source: Source, reader: Reader, form: Form, max_length: int) -> Dataset:
-    """Every row of the source as tokens."""
-    examples, parts, tally = [], [], Tally(source.on_bad_row)
+def load(source: Source, reader: Reader, form: Form, max_length: int) -> Dataset | Stream:
+    """Every row of the source as tokens, or what gives them as they are needed."""
+    if source.streamed:
+        return Stream(source, reader, form, max_length)
+    examples, parts, tally = Examples(), [], Tally(source.on_bad_row)
     for number, name in enumerate(source.names):
         before = len(examples)
         for file in files_of(name):
-            examples += file_examples(file, source, reader, form, max_length, tally)
+            examples.extend(stored_examples(file, source, reader, form, max_length, tally))
         size = len(examples) - before
         taken = round(size * source.weights[number]) if source.weights else size
         if not taken:
@@ -123,5 +179,5 @@ def tokenize(
     tally: Tally | None = None,  # of what reads the rows; by default a row that cannot be used is an error
 ) -> Dataset:
     tally = tally or Tally()
-    examples = list(token_examples(rows, reader, form, max_length, tally))
+    examples = Examples(token_examples(rows, reader, form, max_length, tally))
     return Dataset(examples, dict(tally.notes), reasons=tuple(tally.reasons))

@@ -26,7 +26,7 @@ from rlhf.config import EvalConfig, UsageError
 from rlhf.config_eval import NEEDS, Metric
 from rlhf.data import Dataset, load
 from rlhf.evaluation import in_batches, mean_parts, read_prompts, respond, response_kl, standard_error, wins
-from rlhf.log import refuse_training_run, save_config, say, say_notes, show_table
+from rlhf.log import refuse_training_run, save_config, say, show_table
 from rlhf.model import (
     LanguageModel,
     ModelError,
@@ -118,11 +118,17 @@ class Subject:
     def rows(self, model, form: Form) -> Dataset:
         check_context(model, self.config.max_length, "max_length")
         data = load(source_of(self.config), model, form, self.config.max_length)
-        say_notes(form, data)
+        tell_of_rows(form, data)
         return data
 
 
 # Rows
+
+
+def tell_of_rows(form: Form, data: Dataset) -> None:
+    say(f"read as {form}: {', '.join(f'{count} {name}' for name, count in data.notes.items() if count)}")
+    for reason in data.reasons:
+        say(f"skipped {reason}")
 
 
 def of_loss(subject: Subject) -> Figures:
@@ -202,7 +208,7 @@ def sample(
     config: EvalConfig, policy: LanguageModel, rewards: list[Reward], reference: LanguageModel | None = None
 ) -> Samples:
     data = read_prompts(source_of(config), config.num_prompts, policy, config.max_prompt_length)
-    say_notes("prompt", data)
+    tell_of_rows("prompt", data)
     readers = [reward.reader for reward in rewards if reward.reader]
     for model in (policy, *readers):
         check_context(model, data.longest_prompt + config.max_new_tokens, "longest prompt + max_new_tokens")

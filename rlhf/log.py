@@ -61,6 +61,7 @@ class Run:
     ):
         self.config, self.modules, self.optimizer, self.total = config, modules, optimizer, total
         self.folder = make_folder(config)
+        self.dataset, self._told = dataset, ("", 0)  # what was said of it: counts, and how many reasons
         self.identity = identity_of(config, dataset.fingerprint()) | (others or {})
         self.state: dict = {"metrics": {}}  # the last step's, and the trainer's own numbers: part of every checkpoint
         self.completed = 0
@@ -71,7 +72,18 @@ class Run:
             _keep_until(self.folder / name, self.completed)
         save_config(config)
         device, dtype = choose_device(config)
-        say_notes(f"{self.folder}: {device.type}, {dtype} compute; steps {self.completed + 1} to {total}", dataset)
+        say(f"{self.folder}: {device.type}, {dtype} compute; steps {self.completed + 1} to {total}")
+        self._tell_of_rows()
+
+    def _tell_of_rows(self) -> None:
+        """What is not said yet: those of a stream are counted as they come."""
+        counts, reasons = self.dataset.notes, self.dataset.reasons
+        told = ", ".join(f"{count} {name}" for name, count in counts.items() if count)
+        if told != self._told[0]:
+            say(f"{self.folder}: {told}")
+        for reason in reasons[self._told[1] :]:
+            say(f"skipped {reason}")
+        self._told = told, len(reasons)
 
     def _resume(self) -> None:
         choice, found = self.config.resume, list_checkpoints(self.folder)
@@ -175,6 +187,7 @@ class Run:
 
     def result(self, model: LanguageModel | Scorer) -> TrainResult:
         """Writes final/."""
+        self._tell_of_rows()
         check_finite(self.completed, self.modules)
         with replacing(self.folder / "final") as folder:
             save(model, folder)
@@ -195,13 +208,6 @@ class Clock:
 
 def say(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
-
-
-def say_notes(what: str, dataset: Dataset) -> None:
-    """What became of its rows."""
-    say("; ".join([what, ", ".join(f"{count} {name}" for name, count in dataset.notes.items() if count)]))
-    for reason in dataset.reasons:
-        say(f"skipped {reason}")
 
 
 def say_how_logprobs_are_formed(model: LanguageModel) -> None:

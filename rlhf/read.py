@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import csv
 import gzip
+import hashlib
 import io
 import json
 import zlib
@@ -49,8 +50,12 @@ class Tally:
         if self.on_bad_row == "error":
             raise error
         self.notes["skipped_rows"] += 1
-        if len(self.reasons) < REASONS:
+        if len(self.reasons) < REASONS and str(error) not in self.reasons:
             self.reasons.append(str(error))
+
+    def add(self, other: Tally) -> None:
+        self.notes.update(other.notes)
+        self.reasons = [*self.reasons, *other.reasons][:REASONS]
 
 
 @dataclass(frozen=True)
@@ -61,11 +66,20 @@ class Source:
     split: str = "train"  # of a hub dataset
     weights: tuple[float, ...] = ()  # how often the rows of each stand in an epoch; by default once
     on_bad_row: str = "error"  # or skip
+    cache_dir: str | None = None  # of what rows became
+    streamed: int = 0  # examples that a run takes of them as it goes; 0: all are read before it
 
     @staticmethod
     def of(config: TrainConfig) -> Source:
-        weights = tuple(config.dataset_weights)
-        return Source(tuple(config.dataset_name), config.dataset_split, weights, config.on_bad_row)
+        batch_size = config.per_device_train_batch_size * config.gradient_accumulation_steps
+        return Source(
+            tuple(config.dataset_name),
+            config.dataset_split,
+            tuple(config.dataset_weights),
+            config.on_bad_row,
+            config.dataset_cache_dir,
+            config.max_steps * batch_size if config.dataset_streaming else 0,
+        )
 
 
 def kind_of(name: str) -> str:
@@ -104,6 +118,29 @@ def read_rows(
         yield name, {"text": read_text(name)}
     else:
         yield from {".jsonl": _jsonl, ".json": _json, ".csv": _csv, ".parquet": _parquet}[kind_of(name)](name, bad)
+
+
+def content_of(name: str, split: str, streaming: bool = False) -> list[str]:
+    """What stands for all that a name gives to read: sums of files; of a hub dataset the sum that `datasets` has, or
+    the name where it is not to be loaded."""
+    path = Path(name)
+    if path.exists():
+        files = sorted(file for file in path.rglob("*") if file.is_file()) if path.is_dir() else [path]
+        return [split, *(f"{kind_of(file.name)} {_sum_of(file)}" for file in files)]
+    if streaming or not name or kind_of(name):
+        return [split, name]
+    return [split, name, _table(name, split, False)._fingerprint]
+
+
+def _sum_of(path: Path) -> str:
+    digest = hashlib.sha256()
+    try:
+        with path.open("rb") as file:
+            while block := file.read(1 << 20):
+                digest.update(block)
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read: {error}") from error
+    return digest.hexdigest()
 
 
 def read_text(path: str) -> str:
@@ -152,7 +189,7 @@ def _jsonl(path: str, bad: Callable[[DataError], None]) -> Iterator[tuple[str, d
                 if not line.removeprefix(BOM).strip():
                     continue
                 try:
-                    row = _row(f"{path}:{number}", _parsed(f"{path}:{number}", line))
+                    row = _row(f"{path}:{number}", _parsed(f"{path}:{number}", line.rstrip()))
                 except DataError as error:
                     bad(error)
                 else:
@@ -189,7 +226,7 @@ def _parsed(where: str, data: bytes) -> object:
         return json.loads(text, object_pairs_hook=_object, parse_constant=_no_number)
     except json.JSONDecodeError as error:
         place = f"line {error.lineno} column {error.colno}" if error.lineno > 1 else f"column {error.colno}"
-        raise DataError(f"{where}: not valid JSON: {error.msg} at {place}") from error
+        raise DataError(f"{where}: not valid JSON: {error.msg.removesuffix(' at')} at {place}") from error
     except (ValueError, RecursionError) as error:
         raise DataError(f"{where}: not valid JSON: {error}") from error
 
@@ -273,18 +310,23 @@ def _parquet(path: str, bad: Callable[[DataError], None]) -> Iterator[tuple[str,
 
 
 def _with_datasets(name: str, split: str, streaming: bool) -> Iterator[tuple[str, dict]]:
+    table, number = _table(name, split, streaming), 0
+    try:
+        for number, row in enumerate(table, start=1):
+            yield f"{name} row {number}", row
+    except Exception as error:  # of the network, of codecs
+        told = " ".join(str(error).split())
+        raise DataError(f"{name} row {number + 1}: cannot be read: {type(error).__name__}: {told}") from error
+
+
+def _table(name: str, split: str, streaming: bool):
     import datasets  # a second of imports that files do without
 
-    number = 0
     try:
         if Path(name).is_dir():
             table = datasets.load_from_disk(name)
-            table = table[split] if isinstance(table, datasets.DatasetDict) else table
-        else:
-            table = datasets.load_dataset(name, split=split, streaming=streaming)
-        for number, row in enumerate(table, start=1):
-            yield f"{name} row {number}", row
+            return table[split] if isinstance(table, datasets.DatasetDict) else table
+        return datasets.load_dataset(name, split=split, streaming=streaming)
     except Exception as error:  # datasets raises a dozen unrelated types for "it is not there" and "it is not valid"
         told = f"{type(error).__name__}: {' '.join(str(error).split())}"
-        where = f"{name} row {number + 1}: " if number else f"{name}: neither a file nor a dataset that loads: "
-        raise DataError(where + told) from error
+        raise DataError(f"{name}: neither a file nor a dataset that loads: {told}") from error

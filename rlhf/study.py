@@ -21,10 +21,11 @@ import rlhf_kernels
 from rlhf import demo, ppo, task
 from rlhf.best_of_n import best_of_n_kl, expected_best
 from rlhf.config import DemoConfig
-from rlhf.data import load, permutation
+from rlhf.data import load
 from rlhf.demo import GOLD, GOLD_BETA, Judge, Measurement
 from rlhf.forward import response_hidden, token_logprobs
 from rlhf.model import LanguageModel, load_language_model
+from rlhf.order import permutation
 from rlhf.read import Source
 from rlhf.reward_model import collate as collate_pairs
 from rlhf.sft import collate as collate_texts

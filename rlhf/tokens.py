@@ -44,7 +44,9 @@ def file_examples(
     if kind_of(name) == ".txt" and form in ("completion", "dialogue"):
         found = _text_blocks(name, reader, max_length, tally.notes)
     else:
-        found = token_examples(read_rows(name, source.split, tally.bad), reader, form, max_length, tally)
+        found = token_examples(
+            read_rows(name, source.split, tally.bad, source.streamed > 0), reader, form, max_length, tally
+        )
     empty, notes, reasons = True, Counter(tally.notes), len(tally.reasons)
     for example in found:
         empty = False
@@ -127,26 +129,26 @@ def fit_steps(prompt: list[int], steps: list[list[int]], max_length: int) -> tup
 def _encode(examples: list[Example], reader: Reader) -> Iterator[tuple[Example, TokenExample]]:
     """Prompt and completion tokens. They are tokenized together, as a model reads them, where that keeps the prompt's
     tokens; otherwise apart, as a model that continues the prompt writes them."""
-    tokenizer, eos_ids = reader.tokenizer, reader.eos_ids
-    special = not (examples and examples[0].templated)
+    tokenizer, special = reader.tokenizer, not (examples and examples[0].templated)
     plain, dialogues = [e for e in examples if not e.spans], [e for e in examples if e.spans]
     marked = _encode_dialogues(dialogues, reader)
-    prompts = iter(_token_ids(tokenizer, [e.prompt for e in plain], special))
-    whole = iter(_token_ids(tokenizer, [e.prompt + c for e in plain for c in e.completions], special))
-    alone = iter(_token_ids(tokenizer, list(chain.from_iterable(e.completions for e in plain)), False))
+    prompts = _token_ids(tokenizer, [e.prompt for e in plain], special)
+    for ids in prompts:
+        if special and len(ids) > 1 and ids[-1] in reader.eos_ids:  # one alone begins the text: BOS may equal EOS
+            del ids[-1]  # tokenizers that end every text end the prompt too
+    pairs = [(ids, e.prompt, c) for ids, e in zip(prompts, plain) for c in e.completions]
+    wholes = _token_ids(tokenizer, [prompt + completion for _, prompt, completion in pairs], special)
+    joint = [whole[: len(ids)] == ids for (ids, *_), whole in zip(pairs, wholes)]
+    alone = iter(_token_ids(tokenizer, [c for (*_, c), fits in zip(pairs, joint) if not fits], False))
+    answers = (whole[len(ids) :] if fits else next(alone) for (ids, *_), whole, fits in zip(pairs, wholes, joint))
+    beginnings = iter(prompts)
     for example in examples:
         if example.spans:
             yield example, next(marked)
-            continue
-        prompt, completions = next(prompts), []
-        if special and len(prompt) > 1 and prompt[-1] in eos_ids:  # one alone begins the text: BOS may equal EOS
-            prompt = prompt[:-1]  # tokenizers that end every text end the prompt too
-        for _ in example.completions:
-            joint, own = next(whole), next(alone)
-            ids = joint[len(prompt) :] if joint[: len(prompt)] == prompt else own
-            completions.append(_ended(ids, reader))
-        prompt = prompt or [_start_id(reader, example.where)]
-        yield example, TokenExample(prompt, completions, example.prompt, example.columns)
+        else:
+            prompt = next(beginnings) or [_start_id(reader, example.where)]
+            completions = [_ended(next(answers), reader) for _ in example.completions]
+            yield example, TokenExample(prompt, completions, example.prompt, example.columns)
 
 
 def _token_ids(tokenizer, texts: list[str], special: bool) -> list[list[int]]:

@@ -6,14 +6,15 @@ import csv
 import gzip
 import json
 import sys
+from collections import Counter
 from pathlib import Path
 
 import pytest
 from tiny_models import write_jsonl
 
-from rlhf.data import load
+from rlhf.data import SHUFFLED, load
 from rlhf.model import load_tokenizer
-from rlhf.read import DataError, Source, files_of, read_rows
+from rlhf.read import DataError, Source, content_of, files_of, read_rows
 from rlhf.tokens import Reader
 
 ROWS = [
@@ -135,3 +136,28 @@ def test_rows_are_read_one_at_a_time(tmp_path):
     assert next(rows) == (f"{path}:1", {"prompt": "the"})
     with pytest.raises(DataError, match=r"rows\.jsonl:2: not valid JSON"):
         next(rows)
+
+
+def test_hub_datasets_are_read_whole_or_streamed(files, tmp_path, monkeypatch, tiny_model):
+    """Through the library itself, which finds the dataset in a directory in place of the hub."""
+    import datasets
+
+    (tmp_path / "hub").mkdir()
+    files["parquet"].rename(tmp_path / "hub" / "train.parquet")
+    asked, real = [], datasets.load_dataset
+
+    def found(name: str, split: str, streaming: bool):
+        asked.append((name, split, streaming))
+        return real(str(tmp_path / "hub"), split=split, streaming=streaming, cache_dir=str(tmp_path / "arrow"))
+
+    monkeypatch.setattr(datasets, "load_dataset", found)
+    expected = [(f"org/name row {i}", row) for i, row in enumerate(ROWS, start=1)]
+    assert list(read_rows("org/name")) == list(read_rows("org/name", streaming=True)) == expected
+    assert asked == [("org/name", "train", False), ("org/name", "train", True)]
+    assert content_of("org/name", "train") == content_of("org/name", "train") != content_of("org/name", "train[:1]")
+    reader = Reader(load_tokenizer(tiny_model), (2,))
+    stream = load(Source(("org/name",), streamed=4), reader, "completion", 16)
+    assert asked[-1] == ("org/name", "train", True)
+    assert Counter(e.text for e in stream.window(0, SHUFFLED, 1)) == {"the film": SHUFFLED / 2, "7": SHUFFLED / 2}
+    with pytest.raises(DataError, match=r"^org/name: neither a file nor a dataset that loads: .*Unknown split"):
+        next(read_rows("org/name", "dev"))
