@@ -25,6 +25,7 @@ COMMANDS = {  # name: what it does, its configuration, what runs it
     "reward": ("train a reward model on comparisons", "RewardConfig", "rlhf.reward_model:train"),
     "ppo": ("optimise a policy against reward models and reward functions", "PPOConfig", "rlhf.ppo:train"),
     "generate": ("sample from a model", "GenerateConfig", "rlhf.generate:main"),
+    "eval": ("measure models on held-out data: loss, accuracy, win-rate, best-of-n", "EvalConfig", "rlhf.eval:main"),
     "demo": ("run the whole pipeline on a task with a known gold reward", "DemoConfig", "rlhf.study:main"),
     "env": ("print versions, devices and kernels, for a bug report", "EnvConfig", "rlhf.env:main"),
 }
@@ -153,7 +154,9 @@ def _with_files_read(arguments: list[str], cls: type) -> list[str]:
 
 def _plain(message: str, names: list[str]) -> str:
     """The parser's message in the words of our own, with the nearest name where one is unknown."""
-    message = re.sub(r'Parser key "(\w+)": Expected an? (.*)\. Got value: (.*)', r"\1: expected \2, got \3", message)
+    message = re.sub(
+        r'Parser key "(\w+)"(?: element \d+)?: Expected an? (.*)\. Got value: (.*)', r"\1: expected \2, got \3", message
+    )
     union = r'Parser key "(\w+)": Does not validate .* Subtypes: \[(.*?)\] .*Given value: (.*)'
     message = re.sub(union, r"\1: expected one of \2, got \3", message).replace("NoneType", "null")
     message = re.sub(r"<class '(\w+)'>|typing\.(?=Literal)", r"\1", message)

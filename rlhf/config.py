@@ -10,29 +10,39 @@ from typing import Literal
 
 from rlhf.config_base import (
     ConfigError,
+    LoraFields,
+    MemoryFields,
+    RewardFields,
     RunConfig,
+    SupervisedFields,
     TrainConfig,
     TrainingDiverged,
     UsageError,
     require,
     require_each,
 )
+from rlhf.config_eval import EvalConfig
 from rlhf.config_ppo import PPOConfig
 
 __all__ = [
-    "ConfigError", "DemoConfig", "EnvConfig", "GenerateConfig", "InitConfig", "PPOConfig", "RewardConfig", "RunConfig",
-    "SFTConfig", "TrainConfig", "TrainingDiverged", "UsageError",
+    "ConfigError", "DemoConfig", "EnvConfig", "EvalConfig", "GenerateConfig", "InitConfig", "LoraFields",
+    "MemoryFields", "PPOConfig", "RewardConfig", "RewardFields", "RunConfig", "SFTConfig", "SupervisedFields",
+    "TrainConfig", "TrainingDiverged", "UsageError",
 ]  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
-class SFTConfig(TrainConfig):
+class SFTConfig(TrainConfig, SupervisedFields, LoraFields, MemoryFields):
     max_length: int = 1024
     """Tokens in a sequence; a plain text is cut into blocks of this length."""
     num_train_epochs: float = 1.0
     """Passes over the data."""
-    completion_only_loss: bool = True
-    """Score the completion alone where a row has a prompt; otherwise the whole text."""
+    use_peft: bool = False
+    """Train LoRA adapters over frozen weights; final/ holds the adapters."""
+    eval_fraction: float = 0.0
+    """Part of the rows held out to measure the loss, chosen by the seed."""
+    eval_steps: int = 0
+    """Steps between evaluations on the held-out rows, beside the one after the last step; 0 for that one alone."""
     learning_rate: float = 2e-5
     """Peak learning rate of AdamW."""
 
@@ -40,6 +50,13 @@ class SFTConfig(TrainConfig):
         super().__post_init__()
         require_each(self, "a number >= 2", lambda v: v >= 2, "max_length")
         require_each(self, "a number > 0", lambda v: v > 0, "num_train_epochs")
+        require_each(self, "a number >= 1", lambda v: v >= 1, "lora_r lora_alpha")
+        require_each(self, "a number >= 0", lambda v: v >= 0, "eval_steps")
+        require_each(self, "a number in [0, 1)", lambda v: 0 <= v < 1, "eval_fraction")
+        if self.eval_steps and not self.eval_fraction:
+            raise ConfigError("eval_steps: expected eval_fraction > 0 beside it, which holds out the rows")
+        if self.use_peft and self.optim == "adamw_bf16":
+            raise ConfigError("optim: expected adamw with use_peft, whose adapters are float32")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -59,9 +59,17 @@ class TrainConfig(RunConfig):
     model_name_or_path: str
     """Model to start from: a directory or a hub id."""
     dataset_name: list[str]
-    """Local .jsonl, .json, .csv, .parquet or .txt files (also .jsonl.gz, .txt.gz), or hub ids; several are joined."""
+    """Files (.jsonl .json .csv .txt, each also .gz or .zst, and .parquet), directories of them, or hub ids, joined."""
     dataset_split: str = "train"
     """Split of a hub dataset."""
+    dataset_weights: list[float] = field(default_factory=list)
+    """How often the rows of each dataset stand in an epoch: 0.5 another half each time, 2 twice; by default once."""
+    dataset_streaming: bool = False
+    """Read rows as they are needed, shuffled in blocks of 1,024; weights are shares of the stream. Needs max_steps."""
+    dataset_cache_dir: str | None = None
+    """Where rows that became tokens are kept for the next run; by default nowhere."""
+    on_bad_row: Literal["error", "skip"] = "error"
+    """What a row that cannot be used does: end the run, or be left out and counted."""
     per_device_train_batch_size: int = 8
     """Sequences (or pairs) in one forward and backward pass."""
     gradient_accumulation_steps: int = 1
@@ -97,9 +105,19 @@ class TrainConfig(RunConfig):
     report_to: Literal["auto", "none", "tensorboard", "wandb", "trackio"] = "auto"
     """Tracker beside metrics.jsonl, which is always written; auto is TensorBoard where it is installed."""
 
+    @property
+    def budget(self) -> tuple[int, int | None]:
+        """(sequences, or tokens where there is a number) in one forward pass."""
+        return self.per_device_train_batch_size, self.micro_batch_tokens
+
     def __post_init__(self):
         super().__post_init__()
         require(bool(self.dataset_name), "dataset_name", "a file or hub id", self.dataset_name)
+        count, weights = len(self.dataset_name), self.dataset_weights
+        fits = len(weights) in (0, count) and all(0 < weight < math.inf for weight in weights)
+        endless = self.dataset_streaming and self.max_steps < 1
+        require(not endless, "max_steps", "a number >= 1 with dataset_streaming, which has no end", self.max_steps)
+        require(fits, "dataset_weights", f"a number > 0 for each of the {count} datasets", weights)
         at_least_one = "per_device_train_batch_size gradient_accumulation_steps save_total_limit micro_batch_tokens"
         require_each(self, "a number >= 1", lambda v: v >= 1, at_least_one)
         require_each(self, "a number >= 0", lambda v: v >= 0, "save_steps warmup_steps weight_decay")
@@ -118,3 +136,62 @@ class LoraFields:
     """Scale of the adapters, over their rank."""
     lora_target_modules: list[str] = field(default_factory=list)
     """Names of the adapted modules; by default every linear layer below the head."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class MemoryFields:
+    """Of the configurations of runs that can train in less memory."""
+
+    gradient_checkpointing: bool = False
+    """Compute each layer's activations again in the backward pass instead of keeping them."""
+    optim: Literal["adamw", "adamw_bf16"] = "adamw"
+    """adamw_bf16: weights, gradients and moments in bfloat16 with stochastic rounding, 8 bytes a parameter."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SupervisedFields:
+    """Of what scores texts: which of their tokens count."""
+
+    completion_only_loss: bool = True
+    """Score the completion alone where a row has a prompt; otherwise the whole text."""
+    assistant_only_loss: bool = False
+    """Score every turn of the assistant in a conversation; by default the last turn alone is the completion, and
+    with completion_only_loss false all turns count."""
+
+    @property
+    def form(self) -> Literal["completion", "dialogue"]:
+        """What rows are read as."""
+        return "dialogue" if self.assistant_only_loss else "completion"
+
+    @property
+    def scores_completions(self) -> bool:
+        """The assistant's turns are completions, whatever completion_only_loss says."""
+        return self.completion_only_loss or self.assistant_only_loss
+
+
+@dataclass(frozen=True, kw_only=True)
+class RewardFields:
+    """Of what scores responses."""
+
+    reward_model_path: list[str] = field(default_factory=list)
+    """Reward models: directories or hub ids of sequence classifiers with one label."""
+    reward: list[str] = field(default_factory=list)
+    """Reward functions as module:function, f(prompts, completions, **columns) -> numbers, one a completion or token."""
+    process_reward_model_path: list[str] = field(default_factory=list)
+    """Scorers read at the last token of every step of a response, where their score is paid out."""
+    step_separator: str = "\n"
+    """Text that ends a step of a response, for process_reward_model_path."""
+    reward_weights: list[float] = field(default_factory=list)
+    """Weights of the rewards: functions, reward models, process reward models in this order; by default 1 each."""
+
+    @property
+    def has_reward(self) -> bool:
+        return bool(self.reward_model_path or self.reward or self.process_reward_model_path)
+
+    def check_rewards(self) -> None:
+        for function in self.reward:
+            require(all(function.partition(":")), "reward", "module:function", function)
+        count = len(self.reward_model_path) + len(self.process_reward_model_path) + len(self.reward)
+        fits = len(self.reward_weights) in (0, count)
+        require(fits, "reward_weights", f"{count} numbers, one a reward", self.reward_weights)
+        require(bool(self.step_separator), "step_separator", "a text", self.step_separator)

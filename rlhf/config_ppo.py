@@ -5,24 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal, get_args
 
-from rlhf.config_base import ConfigError, LoraFields, TrainConfig, require, require_each
+from rlhf.config_base import ConfigError, LoraFields, MemoryFields, RewardFields, TrainConfig, require, require_each
 
 Layout = Literal["separate", "shared_value", "lora", "frozen_bf16", "offload"]
 KLEstimator = Literal["k1", "abs", "k2", "k3", "k1+", "abs+", "k2+", "k3+", "full"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class PPOConfig(TrainConfig, LoraFields):
-    reward_model_path: list[str] = field(default_factory=list)
-    """Reward models: directories or hub ids of sequence classifiers with one label."""
-    reward: list[str] = field(default_factory=list)
-    """Reward functions as module:function, f(prompts, completions, **columns) -> numbers, one a completion or token."""
-    process_reward_model_path: list[str] = field(default_factory=list)
-    """Scorers read at the last token of every step of a response, where their score is paid out."""
-    step_separator: str = "\n"
-    """Text that ends a step of a response, for process_reward_model_path."""
-    reward_weights: list[float] = field(default_factory=list)
-    """Weights of the rewards: functions, reward models, process reward models in this order; by default 1 each."""
+class PPOConfig(TrainConfig, RewardFields, LoraFields, MemoryFields):
     reward_normalization: Literal["none", "batch", "running"] = "none"
     """Each reward to mean 0 and deviation 1 before it is weighted: over the batch, or over all episodes so far."""
     gold_reward: str | None = None
@@ -42,10 +32,6 @@ class PPOConfig(TrainConfig, LoraFields):
     """separate, shared_value (value head on the policy's trunk) or lora (adapters; policy and reference share weights,
     so do value and reward model), and beside it frozen_bf16 (reference and rewards in bfloat16), offload (they leave
     the device between phases)."""
-    gradient_checkpointing: bool = False
-    """Compute each layer's activations again in the backward pass instead of keeping them."""
-    optim: Literal["adamw", "adamw_bf16"] = "adamw"
-    """adamw_bf16: weights, gradients and moments in bfloat16 with stochastic rounding, 8 bytes a parameter."""
     dry_run: bool = False
     """Print the memory that the run will take, by part, and load nothing."""
 
@@ -175,21 +161,13 @@ class PPOConfig(TrainConfig, LoraFields):
         require_each(self, "a number in [0, 1]", lambda v: 0 <= v <= 1, "gamma lam")
         require_each(self, "a number in [0, 1)", lambda v: 0 <= v < 1, "cliprange")
         require_each(self, "a number > 1", lambda v: v > 1, "dual_clip")
-        self._check_rewards()
+        if not self.has_reward:
+            raise ConfigError("reward_model_path: expected a reward model, or --reward module:function, got neither")
+        self.check_rewards()
+        of_gold = self.gold_reward or "none:none"
+        require(all(of_gold.partition(":")), "gold_reward", "module:function", self.gold_reward)
         self._check_memory()
         self._check_algorithm()
-
-    def _check_rewards(self) -> None:
-        models = len(self.reward_model_path) + len(self.process_reward_model_path)
-        if not models and not self.reward:
-            raise ConfigError("reward_model_path: expected a reward model, or --reward module:function, got neither")
-        for name, functions in (("reward", self.reward), ("gold_reward", [self.gold_reward or "none:none"])):
-            for function in functions:
-                require(all(function.partition(":")), name, "module:function", function)
-        count = models + len(self.reward)
-        fits = len(self.reward_weights) in (0, count)
-        require(fits, "reward_weights", f"{count} numbers, one a reward", self.reward_weights)
-        require(bool(self.step_separator), "step_separator", "a text", self.step_separator)
 
     def _check_memory(self) -> None:
         layout, known = self.memory_layout, get_args(Layout)

@@ -1,91 +1,42 @@
-"""Rows to token examples to batches.
+"""The examples of a run and their order.
 
-A row is standard (strings) or conversational (lists of messages, rendered by the tokenizer's chat template), with the
-columns `prompt`, `completion`, `chosen`, `rejected`, `messages` or `text`. The order of examples is a function of
-(seed, epoch), so a run continues from one integer: how many examples it has seen.
+The order is a function of (seed, epoch), so a run continues from one integer: how many examples it has seen.
 """
 
 from __future__ import annotations
 
-import gzip
 import hashlib
 import json
 import math
-import random
-import zlib
-from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
-from itertools import chain
-from pathlib import Path
-from typing import Literal
+from itertools import islice
 
-from rlhf.config import TrainConfig, UsageError
+from rlhf.config import ConfigError
+from rlhf.order import epoch_order, permutation
+from rlhf.read import DataError, Source, Tally, content_of, files_of
+from rlhf.rows import Form
+from rlhf.store import Examples, stored_examples
+from rlhf.tokens import Reader, TokenExample, file_examples, token_examples
 from rlhf.types import PromptBatch
 
-TEXT_SUFFIXES = (".txt", ".txt.gz")
-JSONL_SUFFIXES = (".jsonl", ".jsonl.gz")
-TABLE_SUFFIXES = {".json": "json", ".csv": "csv", ".parquet": "parquet"}
-Form = Literal["prompt", "completion", "unpaired", "preference", "ranking", "steps"]  # what a row is read as
-ANSWERS: dict[Form, tuple[str, ...]] = {  # the columns of its answers
-    "prompt": (), "completion": ("completion",), "unpaired": ("completion",), "preference": ("chosen", "rejected"),
-    "ranking": ("ranking",), "steps": ("completions",),
-}  # fmt: skip
-ROW_COLUMNS = ("prompt", "messages", "text", *dict.fromkeys(chain.from_iterable(ANSWERS.values())))
-MESSAGES = ("prompt", "messages", "completion", "chosen", "rejected")  # what may be a list of them
-DIALOGUE_TURN = "\n\nAssistant:"  # marks the answer in dialogues written as one string, hh-rlhf's format
-
-
-class DataError(UsageError):
-    """A file or row that can't be used; the message begins with file:line."""
-
-
-@dataclass(frozen=True)
-class Source:
-    """Where rows come from."""
-
-    names: tuple[str, ...]  # files or hub ids, one after the other
-    split: str = "train"  # of a hub dataset
-
-    @staticmethod
-    def of(config: TrainConfig) -> Source:
-        return Source(tuple(config.dataset_name), config.dataset_split)
-
-
-@dataclass(frozen=True)
-class Reader:
-    """What rows become tokens by. A language model and a scorer have these, too."""
-
-    tokenizer: object
-    eos_ids: tuple[int, ...]
-    vocab_size: int | None = None  # ids that the model can read
-
-
-@dataclass(frozen=True)
-class Example:
-    where: str  # file:line
-    prompt: str
-    completions: list[str]
-    templated: bool  # a chat template wrote the special tokens
-    columns: dict
-
-
-@dataclass(frozen=True)
-class TokenExample:
-    prompt: list[int]  # never empty
-    completions: list[list[int]]  # one; chosen and rejected; best first; or steps. With its EOS unless it was cut
-    text: str
-    columns: dict
+SHUFFLED = 1024  # examples of a stream that are shuffled at a time
 
 
 @dataclass(frozen=True)
 class Dataset:
-    examples: list[TokenExample]
-    notes: dict[str, int]  # what was cut or dropped, and how often
+    examples: Sequence[TokenExample]
+    notes: dict[str, int]  # what was cut, dropped or skipped, and how often
+    parts: tuple[tuple[int, int], ...] = ()  # of each dataset: examples, and how many of them an epoch takes
+    reasons: tuple[str, ...] = ()  # why the first of the skipped rows were
 
     def __len__(self) -> int:
-        return len(self.examples)
+        """Examples in an epoch."""
+        return sum(taken for _, taken in self._parts)
+
+    @property
+    def _parts(self) -> tuple[tuple[int, int], ...]:
+        return self.parts or ((len(self.examples),) * 2,)
 
     @property
     def longest_prompt(self) -> int:
@@ -93,18 +44,95 @@ class Dataset:
 
     def window(self, start: int, stop: int, seed: int) -> list[TokenExample]:
         """Examples start..stop of the endless stream of epochs, each epoch in its own order."""
-        n = len(self.examples)
-        return [self.examples[permutation(n, f"{seed}/{i // n}")[i % n]] for i in range(start, stop)]
+        places = [divmod(i, len(self)) for i in range(start, stop)]
+        return [self.examples[epoch_order(self._parts, seed, epoch)[i]] for epoch, i in places]
 
     def split(self, fraction: float, seed: int) -> tuple[Dataset, Dataset]:
-        """(rest, held out), both in file order."""
-        held = set(permutation(len(self), f"{seed}/eval")[: int(len(self) * fraction)])
-        parts = [[e for i, e in enumerate(self.examples) if (i in held) == side] for side in (False, True)]
-        return Dataset(parts[0], self.notes), Dataset(parts[1], {})
+        """(rest, held out), both in file order; what is held out stands once, whatever its dataset's weight."""
+        count = len(self.examples)
+        held = set(permutation(count, f"{seed}/eval")[: int(count * fraction)])
+        places = [[i for i in range(count) if (i in held) == side] for side in (False, True)]
+        sides = [Examples(self.examples[i] for i in side) for side in places]
+        parts, start = [], 0
+        for size, taken in self._parts:
+            kept = sum(i not in held for i in range(start, start + size))
+            parts.append((kept, round(kept * taken / size)))
+            start += size
+        return Dataset(sides[0], self.notes, tuple(parts), self.reasons), Dataset(sides[1], {})
 
     def fingerprint(self) -> str:
         """Of all that training reads. Of a column that is no JSON the type counts: its repr may hold an address."""
-        return fingerprint((e.prompt, e.completions, e.text, e.columns) for e in self.examples)
+        return fingerprint((e.prompt, e.completions, e.text, e.columns, e.counted) for e in self.examples)
+
+
+class Stream:
+    """Stands where a Dataset does, and has no end: a dataset that ends begins again.
+
+    Rows come in the order of the files and are shuffled within blocks of SHUFFLED. Several datasets take turns, by
+    their weights, or equally. What a window holds depends on its place and the seed alone; it is reached by reading
+    all that stands before it, from the beginning where an earlier one is asked for.
+    """
+
+    def __init__(self, source: Source, reader: Reader, form: Form, max_length: int):
+        self.source, self.reader, self.form, self.longest_prompt = source, reader, form, max_length
+        self._begin()
+        for name in source.names:  # refuses now, not in the middle of a run, what cannot be read at all
+            next(self._endless(name))
+        self._begin()
+
+    def _begin(self) -> None:
+        self.tally, self._number, self._block = Tally(self.source.on_bad_row), -1, []
+        self._coming = self._mixed()
+
+    def __len__(self) -> int:
+        """Examples that the run takes, which are an epoch for want of an end."""
+        return self.source.streamed
+
+    @property
+    def notes(self) -> dict[str, int]:
+        """Of the rows that were read so far, which are some more than were used."""
+        return dict(self.tally.notes)
+
+    @property
+    def reasons(self) -> tuple[str, ...]:
+        return tuple(self.tally.reasons)
+
+    def window(self, start: int, stop: int, seed: int) -> list[TokenExample]:
+        places = [divmod(i, SHUFFLED) for i in range(start, stop)]
+        return [self._block_at(number)[permutation(SHUFFLED, f"{seed}/{number}")[i]] for number, i in places]
+
+    def _block_at(self, number: int) -> list[TokenExample]:
+        if number < self._number:
+            self._begin()
+        while self._number < number:
+            self._block, self._number = list(islice(self._coming, SHUFFLED)), self._number + 1
+        return self._block
+
+    def _mixed(self) -> Iterator[TokenExample]:
+        """Whose turn it is: of the dataset that is furthest behind its share."""
+        weights = self.source.weights or (1.0,) * len(self.source.names)
+        passes, due = [self._endless(name) for name in self.source.names], [0.0] * len(weights)
+        while True:
+            due = [owed + weight / sum(weights) for owed, weight in zip(due, weights)]
+            turn = max(range(len(due)), key=due.__getitem__)
+            due[turn] -= 1
+            yield next(passes[turn])
+
+    def _endless(self, name: str) -> Iterator[TokenExample]:
+        while True:
+            for file in files_of(name):
+                yield from file_examples(file, self.source, self.reader, self.form, self.longest_prompt, self.tally)
+
+    def split(self, fraction: float, seed: int) -> tuple[Stream, Dataset]:
+        if fraction:
+            way_out = "a stream has no rows to hold out"
+            raise ConfigError(f"eval_fraction: expected 0 with dataset_streaming, got {fraction}: {way_out}")
+        return self, Dataset((), {})
+
+    def fingerprint(self) -> str:
+        """Of the content of local files, and the names of hub datasets."""
+        files = [file for name in self.source.names for file in files_of(name)]
+        return fingerprint(content_of(file, self.source.split, streaming=True) for file in files)
 
 
 def fingerprint(rows: Iterable) -> str:
@@ -126,274 +154,30 @@ def plan(count: int, batch_size: int, epochs: float, max_steps: int) -> list[tup
     return [(start, min(start + batch_size, seen)) for start in range(0, seen, batch_size)]
 
 
-@lru_cache(maxsize=4)
-def permutation(n: int, key: str) -> list[int]:
-    order = list(range(n))
-    random.Random(key).shuffle(order)
-    return order
+def load(source: Source, reader: Reader, form: Form, max_length: int) -> Dataset | Stream:
+    """Every row of the source as tokens, or what gives them as they are needed."""
+    if source.streamed:
+        return Stream(source, reader, form, max_length)
+    examples, parts, tally = Examples(), [], Tally(source.on_bad_row)
+    for number, name in enumerate(source.names):
+        before = len(examples)
+        for file in files_of(name):
+            examples.extend(stored_examples(file, source, reader, form, max_length, tally))
+        size = len(examples) - before
+        taken = round(size * source.weights[number]) if source.weights else size
+        if not taken:
+            raise DataError(f"{name}: dataset_weights: {source.weights[number]} of {size} rows is none")
+        parts.append((size, taken))
+    return Dataset(examples, dict(tally.notes), tuple(parts), tuple(tally.reasons))
 
 
-# Reading
-
-
-def read_text(path: str) -> str:
-    opener = gzip.open if path.endswith(".gz") else open
-    try:
-        with opener(path, "rt", encoding="utf-8") as file:
-            return file.read()
-    except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
-        raise DataError(f"{path}: cannot be read: {error}") from error
-
-
-def read_rows(name: str, split: str = "train") -> Iterator[tuple[str, dict]]:
-    """(file:line, row) of a local file or a hub dataset. A plain text is one row with the column `text`."""
-    known = (*TEXT_SUFFIXES, *JSONL_SUFFIXES, *TABLE_SUFFIXES)
-    if not Path(name).is_file() and (name.endswith(known) or name.startswith((".", "/", "~"))):
-        raise DataError(f"{name}: no such file")
-    if name.endswith(TEXT_SUFFIXES):
-        yield name, {"text": read_text(name)}
-    elif name.endswith(JSONL_SUFFIXES):
-        yield from _read_jsonl(name)
-    elif Path(name).is_file() and not name.endswith(known):
-        raise DataError(f"{name}: expected a file ending in one of {', '.join(known)}")
-    else:
-        yield from _read_with_datasets(name, split)
-
-
-def _read_jsonl(path: str) -> Iterator[tuple[str, dict]]:
-    opener = gzip.open if path.endswith(".gz") else open
-    number = 0
-    try:
-        with opener(path, "rb") as file:
-            for number, line in enumerate(file, start=1):
-                if not line.strip():
-                    continue
-                row = json.loads(line.decode("utf-8"))
-                if not isinstance(row, dict):
-                    raise DataError(f"{path}:{number}: expected a JSON object, got {type(row).__name__}")
-                yield f"{path}:{number}", row
-    except json.JSONDecodeError as error:
-        raise DataError(f"{path}:{number}: not valid JSON: {error.msg} at column {error.colno}") from error
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path}:{number}: not UTF-8: {error.reason} at byte {error.start}") from error
-    except (OSError, EOFError, zlib.error) as error:
-        raise DataError(f"{path}:{number}: cannot be read: {error}") from error
-
-
-def _read_with_datasets(name: str, split: str) -> Iterator[tuple[str, dict]]:
-    import datasets  # a second of imports that JSONL does without
-
-    kind = TABLE_SUFFIXES.get(Path(name).suffix)
-    source = {"path": kind, "data_files": name, "split": "train"} if kind else {"path": name, "split": split}
-    try:
-        table = datasets.load_dataset(**source)
-    except Exception as error:  # datasets raises a dozen unrelated types for "it is not there" and "it is not valid"
-        raise DataError(f"{name}: neither a file nor a dataset that loads: {' '.join(str(error).split())}") from error
-    for number, row in enumerate(table, start=1):
-        yield f"{name} row {number}", row
-
-
-# Rows to examples
-
-
-def parse(where: str, row: dict, form: Form, tokenizer) -> Example:
-    """A row as a prompt and answers.
-
-    `messages` are a prompt and a last turn, or for no answers a prompt alone unless the assistant has the last turn;
-    `text` has an empty prompt; chosen and rejected without a prompt have their common beginning taken as the prompt.
-    prompt + completion gives the row's text back exactly.
-    """
-    answers, row = ANSWERS[form], {name: value for name, value in row.items() if value is not None}
-    if empty := [name for name in MESSAGES if row.get(name) == []]:
-        raise DataError(f"{where}: {empty[0]}: expected messages, got an empty list")
-    derived = "prompt" not in row
-    if derived and "messages" in row:
-        turns = _typed(where, row, "messages", list)
-        open_ended = not answers and turns[-1]["role"] != "assistant"
-        row |= {"prompt": turns} if open_ended else {"prompt": turns[:-1], "completion": turns[-1:]}
-    elif derived and "text" in row:
-        row |= {"prompt": "", "completion": _typed(where, row, "text", str)}
-    elif derived and "chosen" in row and "rejected" in row:
-        kind = type(row["chosen"])
-        chosen, rejected = _typed(where, row, "chosen", kind), _typed(where, row, "rejected", kind)
-        cut = _shared_prompt(chosen, rejected)
-        row |= {"prompt": chosen[:cut], "chosen": chosen[cut:], "rejected": rejected[cut:]}
-    if form == "ranking" and "ranking" not in row and {"chosen", "rejected"} <= row.keys():
-        row["ranking"] = [row.pop("chosen"), row.pop("rejected")]
-    missing = [name for name in ("prompt", *answers) if name not in row]
-    if missing:
-        raise DataError(f"{where}: expected the column {missing[0]!r}, got {', '.join(row) or 'an empty row'}")
-    if not answers and derived and not row["prompt"]:
-        raise DataError(f"{where}: no prompt to continue: give rows with a column `prompt`, or messages of the user")
-    kind = list if isinstance(row["prompt"], list) else str
-    prompt = _typed(where, row, "prompt", kind)
-    if form in ("ranking", "steps"):
-        completions = _listed(where, row, answers[0], kind, 2 if form == "ranking" else 1)
-    else:
-        completions = [_typed(where, row, name, kind) for name in answers]
-    _check_labels(where, row, form)
-    columns = {name: value for name, value in row.items() if name not in ROW_COLUMNS}
-    if kind is list:
-        prompt, completions = _render(where, prompt, completions, tokenizer)
-    return Example(where, prompt, completions, kind is list, columns)
-
-
-def _listed(where: str, row: dict, name: str, kind: type, least: int) -> list:
-    values = row[name]
-    if not isinstance(values, list) or len(values) < least:
-        raise DataError(f"{where}: {name}: expected a list of at least {least}, got {values!r:.80}")
-    return [_typed(where, {f"{name}[{i}]": value}, f"{name}[{i}]", kind) for i, value in enumerate(values)]
-
-
-def _check_labels(where: str, row: dict, form: Form) -> None:
-    if form == "unpaired" and not isinstance(row.get("label"), bool):
-        raise DataError(f"{where}: label: expected true (desired) or false, got {row.get('label')!r:.80}")
-    if form == "steps":
-        labels, count = row.get("labels"), len(row["completions"])
-        if not isinstance(labels, list) or len(labels) != count or not all(isinstance(x, bool) for x in labels):
-            raise DataError(f"{where}: labels: expected {count} of true and false, one a step, got {labels!r:.80}")
-
-
-def _typed(where: str, row: dict, name: str, kind: type):
-    value = row[name]
-    if kind not in (str, list) or not isinstance(value, kind):
-        raise DataError(f"{where}: {name}: expected {'messages' if kind is list else 'text'}, got {value!r:.80}")
-    if kind is list and not all(isinstance(turn, dict) and {"role", "content"} <= turn.keys() for turn in value):
-        raise DataError(f"{where}: {name}: expected messages with role and content, got {value!r:.80}")
-    return value
-
-
-def _shared_prompt(chosen: str | list, rejected: str | list) -> int:
-    """Length of the common prompt: whole messages, or text up to the answer's turn or else to a word's beginning."""
-    shorter = min(len(chosen), len(rejected))
-    shared = next((i for i in range(shorter) if chosen[i] != rejected[i]), shorter)
-    if isinstance(chosen, list):
-        return min(shared, shorter - 1)
-    head = chosen[:shared]
-    if (turn := head.rfind(DIALOGUE_TURN)) >= 0:
-        return turn + len(DIALOGUE_TURN)
-    while head and not head[-1].isspace():
-        head = head[:-1]
-    return len(head.rstrip())
-
-
-def _render(where: str, prompt: list, completions: list[list], tokenizer) -> tuple[str, list[str]]:
-    if not tokenizer.chat_template:
-        raise DataError(f"{where}: messages need a chat template and the tokenizer has none: use text columns instead")
-    try:
-        head = tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True) if prompt else ""
-        wholes = [tokenizer.apply_chat_template(prompt + c, tokenize=False) for c in completions]
-    except Exception as error:  # templates are programs: jinja2 raises what their authors chose
-        raise DataError(f"{where}: the chat template refuses these messages: {error}") from error
-    if not all(whole.startswith(head) for whole in wholes):
-        raise DataError(f"{where}: the chat template renders the prompt otherwise once an answer follows")
-    return head, [whole[len(head) :] for whole in wholes]
-
-
-# Examples to tokens
-
-
-def load(source: Source, reader: Reader, form: Form, max_length: int) -> Dataset:
-    """Every row of the source, by `tokenize`; a plain text for completions becomes blocks of max_length."""
-    examples, notes = [], Counter()
-    for name in source.names:
-        if name.endswith(TEXT_SUFFIXES) and form == "completion":
-            part = _blocks(name, reader, max_length)
-        else:
-            part = tokenize(read_rows(name, source.split), reader, form, max_length)
-        examples += part.examples
-        notes.update(part.notes)
-    if not examples:
-        raise DataError(f"{', '.join(source.names)}: no usable row")
-    return Dataset(examples, dict(notes))
-
-
-def tokenize(rows: Iterable[tuple[str, dict]], reader: Reader, form: Form, max_length: int) -> Dataset:
-    """Rows (file:line, row) as tokens, cut to max_length: a prompt loses its head, a completion its tail."""
-    examples = [parse(where, row, form, reader.tokenizer) for where, row in rows]
-    if mixed := next((e for e in examples if e.templated != examples[0].templated), None):
-        raise DataError(f"{mixed.where}: mixes messages and text in one dataset")
-    kept, notes = [], Counter(rows=len(examples))
-    for example, prompt, completions in _encode(examples, reader):
-        _refuse_unknown(example.where, chain(prompt, *completions), reader)
-        if not example.prompt and not all(example.completions):
-            notes["dropped_empty"] += 1
-        elif len(completions) == 2 and completions[0] == completions[1]:
-            notes["dropped_identical"] += 1
-        else:
-            whole = len(prompt), sum(map(len, completions))
-            prompt, completions = fit(prompt, completions, max_length)
-            notes["cut_prompts"] += len(prompt) < whole[0]
-            notes["cut_completions"] += sum(map(len, completions)) < whole[1]
-            kept.append(TokenExample(prompt, completions, example.prompt, example.columns))
-    return Dataset(kept, dict(notes))
-
-
-def fit(prompt: list[int], completions: list[list[int]], max_length: int) -> tuple[list[int], list[list[int]]]:
-    """Both within max_length together. The completions keep what the prompt leaves, and at least half of the room."""
-    room = max(max_length - len(prompt), max_length // 2)
-    completions = [c[:room] for c in completions]
-    return prompt[-(max_length - max(map(len, completions), default=0)) :], completions
-
-
-def _encode(examples: list[Example], reader: Reader) -> Iterator[tuple[Example, list, list]]:
-    """Prompt and completion tokens. They are tokenized together, as a model reads them, where that keeps the prompt's
-    tokens; otherwise apart, as a model that continues the prompt writes them."""
-    tokenizer, eos_ids = reader.tokenizer, reader.eos_ids
-    special = not (examples and examples[0].templated)
-    prompts = _token_ids(tokenizer, [e.prompt for e in examples], special)
-    texts = [e.prompt + c for e in examples for c in e.completions]
-    whole = iter(_token_ids(tokenizer, texts, special))
-    alone = iter(_token_ids(tokenizer, list(chain.from_iterable(e.completions for e in examples)), False))
-    for example, prompt in zip(examples, prompts):
-        if special and len(prompt) > 1 and prompt[-1] in eos_ids:  # one alone begins the text: BOS may equal EOS
-            prompt = prompt[:-1]  # tokenizers that end every text end the prompt too
-        completions = []
-        for _ in example.completions:
-            joint, own = next(whole), next(alone)
-            ids = joint[len(prompt) :] if joint[: len(prompt)] == prompt else own
-            completions.append(_ended(ids, eos_ids))
-        yield example, prompt or [_start_id(tokenizer, eos_ids)], completions
-
-
-def _token_ids(tokenizer, texts: list[str], special: bool) -> list[list[int]]:
-    return tokenizer(texts, add_special_tokens=special, verbose=False)["input_ids"] if texts else []
-
-
-def _ended(ids: list[int], eos_ids: tuple[int, ...]) -> list[int]:
-    """One EOS at the end. Chat templates write theirs, often with a newline after it."""
-    for end in (len(ids), len(ids) - 1):
-        if end > 0 and ids[end - 1] in eos_ids:
-            return ids[:end]
-    return [*ids, *eos_ids[:1]]
-
-
-def _start_id(tokenizer, eos_ids: tuple[int, ...]) -> int:
-    """What stands before an empty prompt: something has to be there for the first token to be predicted from."""
-    start = next((i for i in (tokenizer.bos_token_id, *eos_ids) if i is not None), None)
-    if start is None:
-        raise DataError("an empty prompt needs a tokenizer with a BOS or EOS token")
-    return start
-
-
-def _refuse_unknown(where: str, ids: Iterable[int], reader: Reader) -> None:
-    highest = max(ids, default=0)
-    if reader.vocab_size is not None and highest >= reader.vocab_size:
-        token = reader.tokenizer.convert_ids_to_tokens(highest)
-        raise DataError(
-            f"{where}: the model's embedding of {reader.vocab_size} tokens has none for {token!r} ({highest}): resize "
-            "the embedding, or take that token out of the tokenizer"
-        )
-
-
-def _blocks(path: str, reader: Reader, max_length: int) -> Dataset:
-    """A plain text in consecutive blocks, the first token of each its prompt. What fills no block is dropped."""
-    ids = _token_ids(reader.tokenizer, [read_text(path)], False)[0]
-    _refuse_unknown(path, ids, reader)
-    blocks = [ids[i : i + max_length] for i in range(0, len(ids) - max_length + 1, max_length)]
-    if not blocks:
-        raise DataError(f"{path}: {len(ids)} tokens are fewer than one block: lower max_length from {max_length}")
-    dropped = len(ids) - len(blocks) * max_length
-    return Dataset(
-        [TokenExample(b[:1], [b[1:]], "", {}) for b in blocks], {"blocks": len(blocks), "dropped_tokens": dropped}
-    )
+def tokenize(
+    rows: Iterable[tuple[str, dict]],  # file:line, row
+    reader: Reader,
+    form: Form,
+    max_length: int,
+    tally: Tally | None = None,  # of what reads the rows; by default a row that cannot be used is an error
+) -> Dataset:
+    tally = tally or Tally()
+    examples = Examples(token_examples(rows, reader, form, max_length, tally))
+    return Dataset(examples, dict(tally.notes), reasons=tuple(tally.reasons))

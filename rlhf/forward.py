@@ -17,9 +17,11 @@ from rlhf.attention import Segments, packed_inputs
 from rlhf.model import LanguageModel, Scorer, ValueHead
 from rlhf.types import SequenceBatch
 
+CHUNK = 1 << 23  # logits held at a time where nothing but their order is asked for: 32 MB in float32
+
 
 def response_hidden(model: LanguageModel, batch: SequenceBatch) -> Tensor:  # (n, H)
-    """The last hidden states from which each response token is predicted."""
+    """The last hidden states from which each counted response token is predicted."""
     with model.autocast():
         hidden = model.head.hidden(**_inputs(model, batch))
     return _counted(model, hidden, batch).index_select(0, batch.predictors)
@@ -33,8 +35,8 @@ def token_logprobs(
     hidden: Tensor | None = None,  # response_hidden, where it is known
     entropy: bool = False,
 ) -> tuple[Tensor, Tensor | None]:  # (n,) log-probabilities and entropies in nats
-    """The log-probability of every response token, in sampling and in training alike (in bfloat16 on a CPU sampling
-    rounds logits, training does not)."""
+    """The log-probability of every counted response token, in sampling and in training alike (in bfloat16 on a CPU
+    sampling rounds logits, training does not)."""
     options = {"temperature": temperature, "return_entropy": entropy}
     if not model.head.fused:
         found = rlhf_kernels.token_logprobs(_logits(model, batch), batch.response_ids, **options)
@@ -51,9 +53,26 @@ def response_logprobs(
     model: LanguageModel,
     batch: SequenceBatch,
     temperature: float = 1.0,
-) -> tuple[Tensor, Tensor]:  # (B, R) log-probabilities and entropies in nats, 0 beyond a response
+) -> tuple[Tensor, Tensor]:  # (B, R) log-probabilities and entropies in nats, 0 where no token counts
     logprobs, entropy = token_logprobs(model, batch, temperature, entropy=True)
     return batch.unpack(logprobs), batch.unpack(entropy)
+
+
+@torch.no_grad()
+def likeliest_tokens(
+    model: LanguageModel,
+    batch: SequenceBatch,
+    hidden: Tensor | None = None,  # response_hidden, where it is known
+) -> Tensor:  # (n,) int64
+    """What the model itself would have written in place of each counted response token. Costs the head's product once
+    more; logits are held a chunk at a time."""
+    if not model.head.fused:
+        return _logits(model, batch).argmax(-1)
+    hidden = response_hidden(model, batch) if hidden is None else hidden
+    weight, bias = (model.head_options()[name] for name in ("weight", "bias"))  # a cap or scale changes no order
+    pieces = hidden.to(weight.dtype).split(max(1, CHUNK // len(weight)))
+    with model.autocast():
+        return torch.cat([linear(piece, weight, bias).argmax(-1) for piece in pieces])
 
 
 def _logits(model: LanguageModel, batch: SequenceBatch) -> Tensor:  # (n, V)

@@ -5,10 +5,11 @@ from __future__ import annotations
 from itertools import islice
 from pathlib import Path
 
-from rlhf.config import GenerateConfig, UsageError
-from rlhf.data import DataError, read_rows, tokenize
-from rlhf.log import save_config, show_table, write_samples
+from rlhf.config import GenerateConfig
+from rlhf.data import tokenize
+from rlhf.log import refuse_training_run, save_config, show_table, write_samples
 from rlhf.model import check_context, load_language_model
+from rlhf.read import DataError, read_rows
 from rlhf.rollout import Sampling, generate
 from rlhf.types import PromptBatch
 
@@ -16,8 +17,7 @@ from rlhf.types import PromptBatch
 def main(config: GenerateConfig) -> list[dict]:
     """The samples: rows of prompt, completion and whether it ended."""
     folder = Path(config.output_dir)
-    if (folder / "metrics.jsonl").exists():
-        raise UsageError(f"output_dir: {folder} holds a training run: use another output_dir for samples")
+    refuse_training_run(folder, "samples")
     model = load_language_model(config.model_name_or_path, config)
     rows = [(f"prompt {i}", {"prompt": text}) for i, text in enumerate(config.prompt, start=1)]
     if config.dataset_name:

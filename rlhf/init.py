@@ -8,8 +8,8 @@ from pathlib import Path
 import torch
 
 from rlhf.config import ConfigError, InitConfig
-from rlhf.data import DataError, read_rows
 from rlhf.log import save_config, say
+from rlhf.read import DataError, check_text, read_rows
 
 PAD, BOS, EOS, UNKNOWN = "<|pad|>", "<|bos|>", "<|eos|>", "<|unk|>"
 
@@ -19,7 +19,7 @@ def init(config: InitConfig) -> Path:
     from transformers import PreTrainedTokenizerFast
 
     rows = chain.from_iterable(read_rows(name, config.dataset_split) for name in config.dataset_name)
-    texts = [text for where, row in rows for text in _strings(row)]
+    texts = [text for where, row in rows for text in _strings(where, row)]
     if not texts:
         raise DataError(f"{', '.join(config.dataset_name)}: no text in it")
     backend = (
@@ -68,12 +68,12 @@ def build_model(config: InitConfig, tokenizer):
         raise ConfigError(f"model_type: no causal model {config.model_type!r} of these sizes: {error}") from error
 
 
-def _strings(value: object) -> list[str]:
+def _strings(where: str, value: object) -> list[str]:
     """Every text in a row, however deep: messages are dictionaries in lists."""
     if isinstance(value, str):
-        return [value]
+        return [check_text(where, value)]
     children = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
-    return [text for child in children for text in _strings(child)]
+    return [text for child in children for text in _strings(where, child)]
 
 
 def _train_bpe(texts: list[str], vocab_size: int):

@@ -18,7 +18,7 @@ from itertools import chain
 import torch
 from torch import nn
 
-from rlhf.config import PPOConfig
+from rlhf.config import MemoryFields, PPOConfig
 from rlhf.log import say, say_how_logprobs_are_formed
 from rlhf.model import (
     LanguageModel,
@@ -94,15 +94,15 @@ def load_models(config: PPOConfig) -> Models:
         to_bfloat16(value.module)
     models = Models(policy, value, reference, rewards, gold)
     if config.gradient_checkpointing:
-        enable_checkpointing(models)
+        enable_checkpointing(models.modules)
     if not config.has("offload"):
         return models
     return replace(models, offloaded=untrained(models) if config.dry_run else offload(models))
 
 
-def enable_checkpointing(models: Models) -> None:
+def enable_checkpointing(modules: dict[str, nn.Module]) -> None:
     """Makes it possible; `recomputing` does it."""
-    for module in models.modules.values():
+    for module in modules.values():
         if hasattr(module, "gradient_checkpointing_enable"):
             module.gradient_checkpointing_enable({"use_reentrant": False})
 
@@ -150,14 +150,14 @@ def with_value_adapters(base: Scorer, config: PPOConfig) -> Scorer:
 
 
 @contextmanager
-def recomputing(models: Models, config: PPOConfig) -> Iterator[None]:
+def recomputing(modules: dict[str, nn.Module], config: MemoryFields) -> Iterator[None]:
     """Gradient checkpointing for the block, where it is asked for. transformers ties it to train mode, which would
     bring dropout: a layer is in train mode when it is called and in eval mode while it computes, each time."""
     from transformers.modeling_layers import GradientCheckpointingLayer
 
     layers, hooks = [], []
     if config.gradient_checkpointing:
-        found = chain.from_iterable(module.modules() for module in models.modules.values())
+        found = chain.from_iterable(module.modules() for module in modules.values())
         layers = [layer for layer in found if isinstance(layer, GradientCheckpointingLayer)]
     try:
         for layer in layers:

@@ -61,6 +61,7 @@ class Run:
     ):
         self.config, self.modules, self.optimizer, self.total = config, modules, optimizer, total
         self.folder = make_folder(config)
+        self.dataset, self._told = dataset, ("", 0)  # what was said of it: counts, and how many reasons
         self.identity = identity_of(config, dataset.fingerprint()) | (others or {})
         self.state: dict = {"metrics": {}}  # the last step's, and the trainer's own numbers: part of every checkpoint
         self.completed = 0
@@ -71,8 +72,18 @@ class Run:
             _keep_until(self.folder / name, self.completed)
         save_config(config)
         device, dtype = choose_device(config)
-        cut = ", ".join(f"{count} {name}" for name, count in dataset.notes.items() if count)
-        say(f"{self.folder}: {device.type}, {dtype} compute; {cut}; steps {self.completed + 1} to {total}")
+        say(f"{self.folder}: {device.type}, {dtype} compute; steps {self.completed + 1} to {total}")
+        self._tell_of_rows()
+
+    def _tell_of_rows(self) -> None:
+        """What is not said yet: those of a stream are counted as they come."""
+        counts, reasons = self.dataset.notes, self.dataset.reasons
+        told = ", ".join(f"{count} {name}" for name, count in counts.items() if count)
+        if told != self._told[0]:
+            say(f"{self.folder}: {told}")
+        for reason in reasons[self._told[1] :]:
+            say(f"skipped {reason}")
+        self._told = told, len(reasons)
 
     def _resume(self) -> None:
         choice, found = self.config.resume, list_checkpoints(self.folder)
@@ -176,6 +187,7 @@ class Run:
 
     def result(self, model: LanguageModel | Scorer) -> TrainResult:
         """Writes final/."""
+        self._tell_of_rows()
         check_finite(self.completed, self.modules)
         with replacing(self.folder / "final") as folder:
             save(model, folder)
@@ -214,6 +226,12 @@ def make_folder(config: RunConfig) -> Path:
     return folder
 
 
+def refuse_training_run(folder: Path, wanted: str) -> None:
+    """Of commands that write but once: not over what a run needs to go on."""
+    if (folder / "metrics.jsonl").exists():
+        raise UsageError(f"output_dir: {folder} holds a training run: use another output_dir for {wanted}")
+
+
 def save_config(config: RunConfig) -> None:
     """config.yaml, which --config takes."""
     (make_folder(config) / "config.yaml").write_text(yaml.safe_dump(asdict(config), sort_keys=False), encoding="utf-8")
@@ -228,7 +246,7 @@ def _append(path: Path, rows: list[dict]) -> None:
         file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
 
 
-def show_table(title: str, rows: list[dict]) -> None:
+def show_table(title: str, rows: list[dict], ruled: bool = True) -> None:
     from rich.console import Console
     from rich.markup import escape
     from rich.table import Table
@@ -237,7 +255,7 @@ def show_table(title: str, rows: list[dict]) -> None:
         text = f"{value:.3f}" if isinstance(value, float) else str(value).strip()
         return escape(text if len(text) <= 240 else f"{text[:40]} … {text[-200:]}")
 
-    table = Table(*rows[0], title=title, show_lines=True)
+    table = Table(*rows[0], title=title, show_lines=ruled)
     for row in rows:
         table.add_row(*map(cell, row.values()))
     Console().print(table)

@@ -20,7 +20,7 @@ NO_CLIP = 1e30  # a bound on the ratio that no float32 ratio of use reaches
 
 
 def completion_loss(
-    logprobs: Tensor,  # of the counted tokens, 0 elsewhere
+    logprobs: Tensor,  # (n,) of the counted tokens
     tokens: int,  # counted in the whole step
 ) -> Tensor:  # ()
     """Mean negative log-probability of the counted tokens."""
@@ -30,7 +30,7 @@ def completion_loss(
 def supervised_loss(policy: LanguageModel, batch: SequenceBatch, rows: Tensor) -> Tensor:  # ()
     """These rows' part of the mean over the whole batch."""
     logprobs, _ = token_logprobs(policy, batch.rows(rows))
-    return completion_loss(logprobs, int(batch.response_lengths.sum()))
+    return completion_loss(logprobs, int(batch.counted_lengths.sum()))
 
 
 def preference_loss(
@@ -125,6 +125,6 @@ def _full_kl_loss(
         ref_hidden = response_hidden(models.reference, batch)
     kl = full_kl(models.policy, models.reference, hidden, ref_hidden, config.temperature)
     if config.loss_reduction == "seq_mean_token_mean":
-        share = (1.0 / batch.response_lengths).repeat_interleave(batch.response_lengths)
+        share = (1.0 / batch.counted_lengths).repeat_interleave(batch.counted_lengths)
         kl = kl * share.to(kl.device, non_blocking=True)
     return kl.sum() / denominator

@@ -156,7 +156,7 @@ def estimate(config: PPOConfig) -> Estimate:
     updating, chunk = _update(models, config, device)
     kept = _activations(models, replace(config, gradient_checkpointing=False), device)
     if all(getattr(module, "supports_gradient_checkpointing", True) for module in models.modules.values()):
-        enable_checkpointing(models)
+        enable_checkpointing(models.modules)
     again = _activations(models, replace(config, gradient_checkpointing=True), device)
     return Estimate(
         device=device,
@@ -309,7 +309,7 @@ def _activations(models: Models, config: PPOConfig, device: torch.device) -> int
     """What the backward pass of the largest micro-batch needs, the gradient of the head left out."""
     experience, one = _experience(config, _pass_size(config), device), torch.ones((), device=device)
     in_loss = config.kl_coef if config.kl_in == "loss" else 0.0
-    with recomputing(models, config), Tracker() as tracker:
+    with recomputing(models.modules, config), Tracker() as tracker:
         _loss = ppo_losses(models, experience, config, one, in_loss)
         kept = tracker.live
     return kept - (_head_gradient(models) if models.policy.head.fused else 0)
@@ -331,7 +331,7 @@ def _update(models: Models, config: PPOConfig, device: torch.device) -> tuple[in
     if config.ptx_coef:
         supervised = _sequences(min(config.ptx_batch_size or minibatch, 2 * size), 1, config.ptx_max_length - 1, device)
     experience, everything = _experience(config, rows, device), torch.arange(rows)
-    with recomputing(models, config), Tracker(_gaps(device)) as tracker:
+    with recomputing(models.modules, config), Tracker(_gaps(device)) as tracker:
         update(models, experience, everything, _NoStep(), config, config.kl_coef, supervised)
     return tracker.peak, tracker.chunk
 

@@ -21,7 +21,7 @@ from torch import nn
 
 import rlhf_kernels
 from rlhf import attention
-from rlhf.config import PPOConfig, RunConfig, UsageError
+from rlhf.config import LoraFields, RunConfig, UsageError
 
 ADAPTER = "adapter_config.json"  # in a directory that holds LoRA adapters instead of a model
 
@@ -159,9 +159,9 @@ def to_bfloat16(module: nn.Module) -> None:
         parameter.data = parameter.data.to(torch.bfloat16)
 
 
-def frozen(model: LanguageModel | Scorer, config: PPOConfig) -> LanguageModel | Scorer:
+def frozen(model: LanguageModel | Scorer, config: RunConfig) -> LanguageModel | Scorer:
     model.module.requires_grad_(False)
-    if config.has("frozen_bf16"):
+    if "frozen_bf16" in getattr(config, "memory_layout", ()):
         to_bfloat16(model.module)
     return model
 
@@ -176,7 +176,7 @@ def shared_copy(module: nn.Module) -> nn.Module:
     return copy.deepcopy(module, kept)
 
 
-def with_adapters(model: LanguageModel | Scorer, config: PPOConfig) -> LanguageModel | Scorer:
+def with_adapters(model: LanguageModel | Scorer, config: LoraFields) -> LanguageModel | Scorer:
     """The model with LoRA adapters over frozen weights, which it shares with `model` (arXiv 2106.09685)."""
     module = shared_copy(model.module.requires_grad_(False))
     settings = peft().LoraConfig(
@@ -194,6 +194,8 @@ def with_adapters(model: LanguageModel | Scorer, config: PPOConfig) -> LanguageM
             module.add_adapter(settings)
         except ValueError as error:  # no module of that name, or of a kind that takes no adapter
             raise UsageError(f"lora_target_modules: {' '.join(str(error).split()):.300}") from error
+    for found in module.peft_config.values():  # a set, whose order changes from process to process
+        found.target_modules = sorted(found.target_modules)
     for parameter in module.parameters():
         if parameter.requires_grad:  # peft gives adapters the type of what they adapt
             parameter.data = parameter.data.float()

@@ -18,16 +18,18 @@ from torch import Tensor
 import rlhf_kernels
 from rlhf.advantages import score, with_advantages
 from rlhf.config import ConfigError, PPOConfig
-from rlhf.data import Dataset, Source, TokenExample, fingerprint, load, prompt_batch
+from rlhf.data import Dataset, fingerprint, load, prompt_batch
 from rlhf.evaluation import evaluate, load_prompts
 from rlhf.layout import Models, load_models, recomputing
 from rlhf.log import Clock, Run
 from rlhf.losses import ppo_losses, supervised_loss
 from rlhf.model import LanguageModel, check_context
 from rlhf.optim import StepGuard, make_optimizer, set_learning_rate
+from rlhf.read import Source
 from rlhf.reward import KLController, per_response
 from rlhf.rollout import Sampling, generate, mix
 from rlhf.sft import collate
+from rlhf.tokens import TokenExample
 from rlhf.types import Experience, Rollout, SequenceBatch, TrainResult, micro_batches
 from rlhf.watch import Watch, health
 
@@ -73,7 +75,7 @@ def train(
             clock.lap("score")
             rate = set_learning_rate(optimizer, config, step, total)
             updates: list[Update] = []
-            with recomputing(models, config):
+            with recomputing(models.modules, config):
                 for number, rows in enumerate(batches, start=step * len(batches)):
                     extra = supervised_batch(supervised, number, models, config)
                     warming = step < config.value_warmup_steps
@@ -114,7 +116,7 @@ def load_supervised(config: PPOConfig, models: Models) -> Dataset | None:
     if config.ptx_dataset_name is None:
         return None
     check_context(models.policy, config.ptx_max_length, "ptx_max_length")
-    source = Source((config.ptx_dataset_name,), config.dataset_split)
+    source = Source((config.ptx_dataset_name,), config.dataset_split, on_bad_row=config.on_bad_row)
     return load(source, models.policy, "completion", config.ptx_max_length)
 
 
@@ -154,7 +156,7 @@ def update(
 ) -> Update:
     """One optimizer step: a micro-batch at a time, each divided by the tokens (or sequences) of the whole minibatch."""
     in_loss = kl_coef if config.kl_in == "loss" else 0.0
-    tokens = int(experience.sequences.response_lengths[minibatch].sum())
+    tokens = int(experience.sequences.counted_lengths[minibatch].sum())
     counted = tokens if config.loss_reduction == "token_mean" else len(minibatch)
     denominator = torch.tensor(float(counted)).to(experience.scores.device, non_blocking=True)
     losses, stats = [], []

@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from rlhf.config import PPOConfig, UsageError
+from rlhf.config import EvalConfig, PPOConfig, UsageError
 from rlhf.forward import sequence_scores, token_scores
 from rlhf.model import LanguageModel, Scorer, frozen, load_scorer, same_vocabulary
 from rlhf.types import Rollout, SequenceBatch, pad_sequences
@@ -34,16 +34,15 @@ class Reward:
     reader: Scorer | None = None  # the same, where it reads the policy's tokens as they are
 
 
-def load_rewards(config: PPOConfig, policy: LanguageModel) -> list[Reward]:
+def load_rewards(config: PPOConfig | EvalConfig, policy: LanguageModel) -> list[Reward]:
     """Functions, reward models, process reward models, with their weights."""
     rewards = [function_reward(name) for name in config.reward]
-    budget = (config.per_device_train_batch_size, config.micro_batch_tokens)
     for number, path in enumerate(config.reward_model_path, start=1):
         scorer = frozen(load_scorer(path, config), config)
-        rewards.append(model_reward(scorer, policy, *budget, name=_numbered("model", number)))
+        rewards.append(model_reward(scorer, policy, *config.budget, name=_numbered("model", number)))
     for number, path in enumerate(config.process_reward_model_path, start=1):
         scorer, name = frozen(load_scorer(path, config), config), _numbered("process", number)
-        rewards.append(process_reward(scorer, policy, *budget, config.step_separator, name=name))
+        rewards.append(process_reward(scorer, policy, *config.budget, config.step_separator, name=name))
     weights = config.reward_weights or [1.0] * len(rewards)
     return [replace(reward, weight=weight) for reward, weight in zip(rewards, weights)]
 

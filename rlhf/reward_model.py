@@ -7,12 +7,14 @@ from collections.abc import Callable
 import torch
 
 from rlhf.config import RewardConfig
-from rlhf.data import Dataset, Source, TokenExample, load, plan
+from rlhf.data import Dataset, load, plan
 from rlhf.forward import sequence_scores
 from rlhf.log import Run
 from rlhf.losses import preference_loss
 from rlhf.model import Scorer, check_context, load_scorer
 from rlhf.optim import StepGuard, make_optimizer, set_learning_rate
+from rlhf.read import Source
+from rlhf.tokens import TokenExample
 from rlhf.types import SequenceBatch, TrainResult, pad_sequences
 
 NORMALIZATION_PAIRS = 512  # 1,024 scores: their mean is within 0.03 deviations of that of all pairs

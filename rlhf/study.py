@@ -19,14 +19,18 @@ from torch import Tensor
 
 import rlhf_kernels
 from rlhf import demo, ppo, task
+from rlhf.best_of_n import best_of_n_kl, expected_best
 from rlhf.config import DemoConfig
-from rlhf.data import Source, TokenExample, load, permutation
+from rlhf.data import load
 from rlhf.demo import GOLD, GOLD_BETA, Judge, Measurement
 from rlhf.forward import response_hidden, token_logprobs
 from rlhf.model import LanguageModel, load_language_model
+from rlhf.order import permutation
+from rlhf.read import Source
 from rlhf.reward_model import collate as collate_pairs
 from rlhf.sft import collate as collate_texts
 from rlhf.study_report import draw, markdown, show
+from rlhf.tokens import TokenExample
 
 BETAS = (0.0, 0.05, 0.2, 0.4)  # reward per nat
 SWEEP_STEPS = 60  # at beta 0 gold is 1.7 after 10 and -3.4 after 40; at a rate of 1e-3 it fell from the third step on
@@ -229,32 +233,10 @@ def best_of_n(pool: Measurement, n: int) -> dict[str, float]:
     for name in ("proxy", "gold"):
         rewards = getattr(pool, name)
         parts = zip(pool.proxy.chunk(POOL_PARTS), rewards.chunk(POOL_PARTS))
-        of_parts = torch.tensor([expected_best(p, r, n) for p, r in parts if len(p) >= n])
-        found[name] = expected_best(pool.proxy, rewards, n)
+        of_parts = torch.tensor([float(expected_best(p, r, n)) for p, r in parts if len(p) >= n])
+        found[name] = float(expected_best(pool.proxy, rewards, n))
         found[f"{name}_se"] = float(of_parts.std()) / math.sqrt(len(of_parts)) if len(of_parts) > 1 else 0.0
     return found
-
-
-def expected_best(
-    proxy: Tensor,  # (N,)
-    rewards: Tensor,  # (N,)
-    n: int,
-) -> float:
-    """The mean reward of the sample with the highest proxy, over all subsets of n: the unbiased estimate from N samples
-    (arXiv 2112.09332, appendix I). In order of the proxy, sample i is the best of C(i, n-1) of C(N, n) subsets."""
-    order, count = proxy.argsort(stable=True), len(proxy)
-    below = torch.arange(n - 1, count, dtype=torch.float64)
-
-    def log_choose(total: Tensor, chosen: int) -> Tensor:
-        return (total + 1).lgamma() - math.lgamma(chosen + 1) - (total - chosen + 1).lgamma()
-
-    weights = (log_choose(below, n - 1) - log_choose(torch.tensor(float(count), dtype=torch.float64), n)).exp()
-    return float((weights * rewards[order][n - 1 :].double()).sum())
-
-
-def best_of_n_kl(n: int) -> float:
-    """In nats; exact where no two samples share a proxy, else a bound."""
-    return math.log(n) - (n - 1) / n
 
 
 # DPO

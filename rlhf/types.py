@@ -3,7 +3,8 @@
 Sequences are right-padded with prompt and response side by side; lengths are on the host, so that nothing waits for the
 device to know a shape. Padding is known by the lengths alone, never by the pad id, so a pad token that equals the EOS
 token does no harm. What is stored about each response token is padded to (B, R), column j about response token j;
-models and losses work on packed tokens, (n,), row after row.
+models and losses work on packed tokens, (n,), row after row. Response tokens that do not count (what a user or a tool
+said between two turns of the assistant) are read and nothing else: they are not among the n, and are 0 in (B, R).
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ class SequenceBatch:
     ids: Tensor  # (B, T) int64
     prompt_lengths: Tensor  # (B,) int64 on the host, each >= 1
     response_lengths: Tensor  # (B,) int64 on the host
+    counted: Tensor | None = None  # (B, R) bool on the host, False beyond a response; by default every response token
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -46,12 +48,19 @@ class SequenceBatch:
         return int(self.response_lengths.max())
 
     @cached_property
-    def response_mask(self) -> Tensor:  # (B, R) bool
-        return (torch.arange(self.width) < self.response_lengths[:, None]).to(self.ids.device, non_blocking=True)
+    def counted_lengths(self) -> Tensor:  # (B,) int64 on the host
+        return self.response_lengths if self.counted is None else self.counted.sum(1)
+
+    @cached_property
+    def response_mask(self) -> Tensor:  # (B, R) bool, of the tokens that count
+        mask = self.counted
+        if mask is None:
+            mask = torch.arange(self.width) < self.response_lengths[:, None]
+        return mask.to(self.ids.device, non_blocking=True)
 
     @cached_property
     def cu_seqlens(self) -> Tensor:  # (B+1,) int32, of the packed response tokens
-        return cumulated(self.response_lengths).int().to(self.ids.device, non_blocking=True)
+        return cumulated(self.counted_lengths).int().to(self.ids.device, non_blocking=True)
 
     @cached_property
     def tokens(self) -> Tensor:  # (N,) int64, where each token stands in the flattened ids
@@ -64,8 +73,7 @@ class SequenceBatch:
 
     @cached_property
     def predictors(self) -> Tensor:  # (n,) int64, which of the N tokens each response token is predicted from
-        starts = cumulated(self.lengths)[:-1] + self.prompt_lengths - 1
-        return ranges(starts, self.response_lengths).to(self.ids.device, non_blocking=True)
+        return self._from(cumulated(self.lengths)[:-1] + self.prompt_lengths - 1)
 
     @cached_property
     def last_tokens(self) -> Tensor:  # (B,) int64, which of the N tokens is a sequence's last
@@ -73,8 +81,14 @@ class SequenceBatch:
 
     @cached_property
     def response_tokens(self) -> Tensor:  # (n,) int64, where each response token stands in a flattened (B, R)
-        starts = torch.arange(len(self)) * self.width
-        return ranges(starts, self.response_lengths).to(self.ids.device, non_blocking=True)
+        return self._from(torch.arange(len(self)) * self.width)
+
+    def _from(self, starts: Tensor) -> Tensor:  # (B,) to (n,) int64
+        """Where each counted response token stands, if a row's first response token stands at its start."""
+        found = ranges(starts, self.response_lengths)
+        if self.counted is not None:
+            found = found[self.counted[torch.arange(self.width) < self.response_lengths[:, None]]]
+        return found.to(self.ids.device, non_blocking=True)
 
     @cached_property
     def response_ids(self) -> Tensor:  # (n,) int64
@@ -83,7 +97,7 @@ class SequenceBatch:
     def pack(self, per_token: Tensor) -> Tensor:  # (B, R) to (n,)
         return per_token.flatten()[self.response_tokens]
 
-    def unpack(self, packed: Tensor) -> Tensor:  # (n,) to (B, R), 0 beyond a response
+    def unpack(self, packed: Tensor) -> Tensor:  # (n,) to (B, R), 0 elsewhere
         flat = packed.new_zeros(len(self) * self.width)
         return flat.index_copy(0, self.response_tokens, packed).view(len(self), self.width)
 
@@ -92,7 +106,8 @@ class SequenceBatch:
         micro-batch alone."""
         prompts, responses = self.prompt_lengths[index], self.response_lengths[index]
         chosen = self.ids[index.to(self.ids.device, non_blocking=True)]
-        return SequenceBatch(chosen[:, : int((prompts + responses).max())], prompts, responses)
+        counted = None if self.counted is None else self.counted[index, : int(responses.max())]
+        return SequenceBatch(chosen[:, : int((prompts + responses).max())], prompts, responses, counted)
 
     def micro_batches(self, sequences: int, tokens: int | None, packed: bool) -> list[Tensor]:
         """Rows, int64 on the host, of forward passes over `sequences` rows each, or over as many as have `tokens`."""
@@ -175,11 +190,16 @@ def pad_sequences(
     prompts: list[list[int]],
     responses: list[list[int]],
     pad_id: int,
+    counted: list[list[bool]] | None = None,  # of the responses' tokens; by default all of them
 ) -> SequenceBatch:
-    rows = [p + r for p, r in zip(prompts, responses)]
-    width = max(map(len, rows))
     return SequenceBatch(
-        torch.tensor([row + [pad_id] * (width - len(row)) for row in rows]),
+        _padded([p + r for p, r in zip(prompts, responses)], pad_id),
         torch.tensor([len(p) for p in prompts]),
         torch.tensor([len(r) for r in responses]),
+        None if counted is None else _padded(counted, False),
     )
+
+
+def _padded(rows: list[list], filler: int | bool) -> Tensor:
+    width = max(map(len, rows))
+    return torch.tensor([row + [filler] * (width - len(row)) for row in rows])

@@ -7,7 +7,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny_models import corpus, one_thread, pairs, tiny_model, tiny_reward_model  # noqa: F401, fixtures of the trainer's tests
+from tiny_models import (  # noqa: F401, fixtures of the trainer's tests
+    chat_model,
+    corpus,
+    dialogues,
+    one_thread,
+    pairs,
+    tiny_model,
+    tiny_reward_model,
+)
 
 from rlhf_kernels import testing
 

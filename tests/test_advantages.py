@@ -12,9 +12,11 @@ from test_losses import ppo_config
 from test_ppo_invariance import models_of, sampled
 
 from rlhf.advantages import score, token_rewards, with_advantages
-from rlhf.data import Reader, Source, load
+from rlhf.data import load
 from rlhf.model import load_tokenizer
 from rlhf.ppo import prompts_of
+from rlhf.read import Source
+from rlhf.tokens import Reader
 from rlhf.types import Experience, pad_sequences
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import random
@@ -27,29 +28,35 @@ from rlhf.log import write_samples
 from rlhf.losses import completion_loss
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-TRAINERS = {"sft": sft, "reward": reward_model, "ppo": ppo}
+TRAINERS = {"sft": sft, "sft_lora": sft, "reward": reward_model, "ppo": ppo}
 
 
 @pytest.fixture
-def configs(tiny_model, tiny_reward_model, corpus, pairs, tmp_path) -> dict:
+def configs(tiny_model, tiny_reward_model, chat_model, corpus, dialogues, pairs, tmp_path) -> dict:
     """Six steps each, with every kind of state: several epochs, warm-up, adaptive KL, accumulation."""
     common = {"model_name_or_path": tiny_model, "device": "cpu", "max_steps": 6, "save_steps": 2, "warmup_steps": 2}
     common |= {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2, "output_dir": str(tmp_path / "run")}
     rates = {"learning_rate": 3e-3, "weight_decay": 0.01}
+    adapters = {"use_peft": True, "gradient_checkpointing": True, "eval_fraction": 0.25, "eval_steps": 2}
+    adapters |= {"dataset_name": dialogues, "assistant_only_loss": True, "micro_batch_tokens": 20}
     rollouts = {"response_length": 6, "max_prompt_length": 8, "num_mini_batches": 2, "num_ppo_epochs": 2}
     rewards = {"reward_model_path": tiny_reward_model, "reward": ["rewards_for_tests:noisy"], "kl_target": 1.0}
     return {
         "sft": SFTConfig(**common, **rates, dataset_name=corpus, max_length=16),
+        "sft_lora": SFTConfig(**common | {"model_name_or_path": chat_model}, **rates, **adapters, max_length=16),
         "reward": RewardConfig(**common, **rates, dataset_name=pairs, max_length=16),
         "ppo": PPOConfig(**common, **rates, **rollouts, **rewards, dataset_name=corpus, sample_steps=2),
     }
 
 
 def outcome(folder: Path) -> tuple[bytes, bytes, list[dict]]:
-    """The final weights and configuration, and every metric that is not a measurement of time or memory."""
+    """The final weights or adapters, their configuration, and every metric that measures neither time nor memory."""
     measured = ("timing/", "memory/", "tokens_per_second")
     rows = [{name: row[name] for name in row if not name.startswith(measured)} for row in metrics_of(folder)]
-    return *((folder / "final" / name).read_bytes() for name in ("model.safetensors", "config.json")), rows
+    names = {"model.safetensors", "config.json", "adapter_model.safetensors", "adapter_config.json"}
+    final = [path.read_bytes() for path in sorted((folder / "final").iterdir()) if path.name in names]
+    assert len(final) == 2
+    return *final, rows
 
 
 def metrics_of(folder: Path) -> list[dict]:
@@ -70,6 +77,8 @@ def interrupt_at(step: int, action):
 
 @pytest.mark.parametrize("kind", TRAINERS)
 def test_a_stopped_run_continues_to_the_same_bytes(configs, tmp_path, kind):
+    if kind == "sft_lora":
+        pytest.importorskip("peft")
     train, config = TRAINERS[kind].train, configs[kind]
     train(replace(config, output_dir=str(tmp_path / "whole"), save_steps=0))
     with pytest.raises(SystemExit) as stop:
@@ -83,6 +92,18 @@ def test_a_stopped_run_continues_to_the_same_bytes(configs, tmp_path, kind):
     assert again.metrics == result.metrics and outcome(tmp_path / "run") == outcome(tmp_path / "whole")
 
 
+@pytest.mark.parametrize("step", range(1, 6))
+def test_dialogues_adapters_and_evaluations_go_on_from_any_step(configs, tmp_path, step):
+    pytest.importorskip("peft")
+    config = configs["sft_lora"]
+    sft.train(replace(config, output_dir=str(tmp_path / "whole")))
+    with pytest.raises(SystemExit):
+        sft.train(replace(config, save_steps=0), on_step=interrupt_at(step, terminate))
+    sft.train(replace(config, resume="auto"))
+    whole = outcome(tmp_path / "whole")
+    assert outcome(tmp_path / "run") == whole and ["eval/loss" in row for row in whole[2]] == [False, True] * 3
+
+
 def test_killed_runs_continue_to_the_same_bytes(configs, tmp_path):
     """SIGKILL in the middle of the fifth step's reporting: metrics of step 5 are there, the checkpoint is of step 4."""
     code = """
@@ -94,11 +115,13 @@ def test_killed_runs_continue_to_the_same_bytes(configs, tmp_path):
         for kind, config in configs.items():
             if os.fork() == 0:
                 kill = lambda step, *_: os.kill(os.getpid(), signal.SIGKILL) if step == 5 else None
-                {"sft": sft, "reward": reward_model, "ppo": ppo}[kind].train(config, on_step=kill)
+                {"sft": sft, "sft_lora": sft, "reward": reward_model, "ppo": ppo}[kind].train(config, on_step=kill)
             assert os.waitstatus_to_exitcode(os.wait()[1]) == -signal.SIGKILL, kind
     """
     import pickle
 
+    if not importlib.util.find_spec("peft"):
+        del configs["sft_lora"]
     killed = {kind: replace(config, output_dir=str(tmp_path / kind)) for kind, config in configs.items()}
     paths = os.pathsep.join([str(Path(__file__).parent), *filter(None, sys.path)])
     environment = os.environ | {"PYTHONPATH": paths}

@@ -20,6 +20,9 @@ TRAIN = {"model_name_or_path": "m", "dataset_name": "d", "output_dir": "o"}
     ("cls", "base", "field", "value"),
     [
         (SFTConfig, TRAIN, "max_length", 1),
+        (SFTConfig, TRAIN, "dataset_weights", [1.0, 1.0]),
+        (SFTConfig, TRAIN, "dataset_weights", [-0.5]),
+        (SFTConfig, TRAIN, "dataset_weights", [float("nan")]),
         (SFTConfig, TRAIN, "learning_rate", -1e-3),
         (SFTConfig, TRAIN, "learning_rate", float("nan")),
         (SFTConfig, TRAIN, "per_device_train_batch_size", 0),

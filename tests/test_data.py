@@ -3,27 +3,19 @@
 from __future__ import annotations
 
 import gzip
-import json
+import math
+from collections import Counter
+from itertools import chain
 
 import pytest
-from conftest import SHARED_DATA
 from tiny_models import write_jsonl
 
-from rlhf.data import (
-    DataError,
-    Dataset,
-    Example,
-    Reader,
-    Source,
-    TokenExample,
-    fit,
-    load,
-    parse,
-    plan,
-    read_rows,
-    tokenize,
-)
+from rlhf.config import SFTConfig
+from rlhf.data import Dataset, load, plan, tokenize
 from rlhf.model import load_tokenizer
+from rlhf.read import DataError, Source, read_rows
+from rlhf.rows import Example, parse
+from rlhf.tokens import Reader, TokenExample
 
 TEMPLATE = (
     "{% for m in messages %}<{{ m.role }}> {{ m.content }} {{ eos_token }}\n{% endfor %}"
@@ -46,7 +38,7 @@ def tokenizer(tiny_model):
         (b'{"prompt": 3, "completion": "a"}\n', "prompt: expected text, got 3"),
         (b'{"prompt": [1], "completion": [2]}\n', "prompt: expected messages with role and content"),
         (b'{"prompt": "\xff", "completion": "a"}\n', "not UTF-8"),
-        (b'{"messages": [{"role": "user", "content": "a"}]}\n', "the tokenizer has none"),
+        (b'{"messages": [{"role": "assistant", "content": "a"}]}\n', "the tokenizer has none"),
         (b'{"messages": []}\n', "messages: expected messages, got an empty list"),
         (b'{"prompt": "a", "completion": "new"}\n', "the model's embedding of 18 tokens has none for 'new' (18)"),
     ],
@@ -78,19 +70,6 @@ def test_files_that_cannot_be_read(tmp_path, tokenizer):
             list(read_rows(str(tmp_path / name)))
     with pytest.raises(DataError, match=r"empty\.jsonl: no usable row"):
         load(Source((write_jsonl(tmp_path / "empty.jsonl", []),)), Reader(tokenizer, (2,)), "prompt", 16)
-
-
-def test_csv_json_and_parquet_give_the_rows_of_jsonl(tmp_path):
-    rows = [{"prompt": "the film", "completion": "was good"}, {"prompt": "a, b", "completion": 'say "no"'}]
-    import datasets
-
-    table = datasets.Dataset.from_list(rows)
-    table.to_csv(tmp_path / "rows.csv")
-    table.to_parquet(tmp_path / "rows.parquet")
-    (tmp_path / "rows.json").write_text(json.dumps(rows))
-    write_jsonl(tmp_path / "rows.jsonl", rows)
-    for suffix in ("csv", "json", "parquet", "jsonl"):
-        assert [row for _, row in read_rows(str(tmp_path / f"rows.{suffix}"))] == rows, suffix
 
 
 @pytest.mark.parametrize(
@@ -167,13 +146,6 @@ def test_a_beginning_that_equals_the_end_stands_once(tokenizer):
     assert (example.prompt, example.completions) == ([eos], [[*tokenizer.convert_tokens_to_ids(["the", "film"]), eos]])
 
 
-def test_a_long_prompt_loses_its_head_and_a_completion_its_tail():
-    assert fit([1, 2, 3, 4], [[5, 6]], 5) == ([2, 3, 4], [[5, 6]])
-    assert fit([1, 2, 3, 4], [[5, 6, 7, 8, 9]], 6) == ([2, 3, 4], [[5, 6, 7]])
-    assert fit([1], [[5, 6, 7, 8, 9], [5]], 4) == ([1], [[5, 6, 7], [5]])
-    assert fit([1, 2, 3], [], 2) == ([2, 3], [])
-
-
 def test_what_is_cut_or_dropped_is_counted(tokenizer):
     pair = {"prompt": "the film", "chosen": "was good", "rejected": "was good"}
     rows = [pair, pair | {"rejected": "was bad"}, pair | {"chosen": "was very very very good"}]
@@ -205,6 +177,43 @@ def test_windows_visit_every_example_once_an_epoch_in_a_new_order():
     assert [e.prompt[0] for e in data.window(0, 10, seed=2)] != first
 
 
+@pytest.mark.parametrize(("weight", "taken"), [(0.5, 5), (2.0, 20), (2.5, 25), (0.3, 3), (1.0, 10)])
+def test_a_weight_is_how_often_a_datasets_rows_stand_in_an_epoch(weight, taken):
+    parts = ((4, 4), (10, taken))
+    data = Dataset(make_dataset(14).examples, {}, parts)
+    assert len(data) == 4 + taken
+    epochs = [[e.prompt[0] for e in data.window(k * len(data), (k + 1) * len(data), seed=1)] for k in range(20)]
+    for epoch in epochs:
+        counts = Counter(epoch)
+        assert all(counts[i] == 1 for i in range(4))
+        twice = weight == 0.3  # where an epoch ends one pass over the dataset and begins the next
+        assert all(math.floor(weight) <= counts[i] <= math.ceil(weight) + twice for i in range(4, 14))
+    if taken == 5:  # another half each time
+        assert set(epochs[0]) | set(epochs[1]) == set(range(14)) and set(epochs[0]) != set(epochs[2])
+    assert Counter(chain.from_iterable(epochs))[4] == 20 * weight and epochs[0] != epochs[1]
+    middle = data.window(len(data) + 3, 2 * len(data) + 2, seed=1)  # from anywhere, as a resumed run asks for it
+    assert [e.prompt[0] for e in middle] == epochs[1][3:] + epochs[2][:2]
+
+
+def test_weights_of_one_change_no_order():
+    data = make_dataset(10)
+    assert Dataset(data.examples, {}, ((3, 3), (7, 7))).window(0, 25, 1) == data.window(0, 25, 1)
+
+
+def test_a_source_weighs_its_datasets(tmp_path, tokenizer):
+    names = [write_jsonl(tmp_path / f"{name}.jsonl", [{"prompt": name}] * 4) for name in ("film", "plot")]
+    config = SFTConfig(model_name_or_path="m", dataset_name=names, output_dir="o", dataset_weights=[0.5, 2])
+    data = load(Source.of(config), Reader(tokenizer, (2,)), "prompt", 8)
+    assert (len(data), data.parts) == (10, ((4, 2), (4, 8)))
+    assert Counter(e.text for e in data.window(0, 20, 1)) == {"film": 4, "plot": 16}
+    rest, held = data.split(0.25, seed=1)
+    assert (len(held), len(rest.examples)) == (2, 6) and rest.parts == tuple(
+        (n, round(n * w)) for (n, _), w in zip(rest.parts, (0.5, 2))
+    )
+    with pytest.raises(DataError, match=r"plot.jsonl: dataset_weights: 0.1 of 4 rows is none"):
+        load(Source(tuple(names), weights=(1.0, 0.1)), Reader(tokenizer, (2,)), "prompt", 8)
+
+
 def test_a_plan_is_exactly_its_epochs():
     assert plan(10, 4, 1.0, -1) == [(0, 4), (4, 8), (8, 10)]
     assert plan(10, 4, 0.5, -1) == [(0, 4), (4, 5)]
@@ -223,14 +232,6 @@ def test_held_out_examples_are_apart():
     rest, held = make_dataset(20).split(0.25, seed=3)
     ids = [e.prompt[0] for e in rest.examples], [e.prompt[0] for e in held.examples]
     assert (len(ids[0]), len(ids[1])) == (15, 5) and sorted(ids[0] + ids[1]) == list(range(20))
-
-
-@pytest.mark.skipif(not SHARED_DATA.exists(), reason="the real data are not here")
-def test_real_dialogues_split_exactly_at_the_last_answer():
-    for where, row in read_rows(str(SHARED_DATA / "hh-harmless-base-1500.jsonl.gz")):
-        example = parse(where, row, "preference", None)
-        assert example.prompt.endswith("\n\nAssistant:")
-        assert [example.prompt + c for c in example.completions] == [row["chosen"], row["rejected"]]
 
 
 def read(row: dict, form: str, tokenizer=None) -> Example:

@@ -272,7 +272,7 @@ def test_layers_are_computed_twice_in_updates_and_nowhere_else(tiny_model):
         phase()
         experience = with_advantages(score(rollout, models, config)[0], config, config.kl_coef)
         phase()
-        with recomputing(models, config):
+        with recomputing(models.modules, config):
             update(models, experience, torch.arange(8), KeepGradients(models), config, config.kl_coef)
             phase()
             update(models, experience, torch.arange(8), KeepGradients(models), config, config.kl_coef)
@@ -294,7 +294,7 @@ def test_computing_again_gives_the_same_gradients(tiny_model, kind):
         config = ppo_config(tiny_model, gradient_checkpointing=asked, memory_layout=[kind])
         models = models_of(config)
         experience = with_advantages(score(sampled(models, config), models, config)[0], config, config.kl_coef)
-        with recomputing(models, config):
+        with recomputing(models.modules, config):
             update(models, experience, torch.arange(8), KeepGradients(models), config, config.kl_coef)
         found.append([p.grad for m in models.modules.values() for p in m.parameters() if p.grad is not None])
     assert len(found[0]) == len(found[1]) > 20 and all(torch.equal(a, b) for a, b in zip(*found))

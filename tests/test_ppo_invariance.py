@@ -70,7 +70,7 @@ def step_of(config, pad: int | None = None) -> tuple[dict[str, torch.Tensor], fl
     experience, _ = score(rollout, models, config)
     experience = far(with_advantages(experience, config, config.kl_coef))
     guard = KeepGradients(models)
-    with recomputing(models, config):
+    with recomputing(models.modules, config):
         stats, _ = update(models, experience, torch.arange(8), guard, config, config.kl_coef)
     gradients = {
         f"{name}.{key}": p.grad

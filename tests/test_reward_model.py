@@ -8,9 +8,10 @@ import pytest
 import torch
 
 from rlhf.config import RewardConfig
-from rlhf.data import Source, load
+from rlhf.data import load
 from rlhf.forward import sequence_scores
 from rlhf.model import load_scorer
+from rlhf.read import Source
 from rlhf.reward_model import collate, score_pairs, train
 
 pytestmark = pytest.mark.usefixtures("one_thread")

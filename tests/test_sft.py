@@ -11,11 +11,13 @@ from conftest import SHARED_DATA
 
 from rlhf import sft
 from rlhf.config import InitConfig, SFTConfig
-from rlhf.data import DataError, Source, TokenExample, load
+from rlhf.data import load
 from rlhf.init import init
 from rlhf.losses import completion_loss
 from rlhf.model import ModelError, load_language_model
+from rlhf.read import DataError, Source
 from rlhf.sft import collate, train
+from rlhf.tokens import TokenExample
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -1,16 +1,16 @@
-"""The demo's study: best-of-n and rewards against closed forms, the checks on doctored summaries, the report, and a run
-of it in miniature (slow)."""
+"""The demo's study: best-of-n of a pool and rewards against closed forms, the checks on doctored summaries, the report,
+and a run of it in miniature (slow)."""
 
 import copy
 import json
 import math
 import re
-from itertools import combinations
 
 import pytest
 import torch
 
 from rlhf import demo, study, study_report, task
+from rlhf.best_of_n import best_of_n_kl
 from rlhf.config import DemoConfig
 from rlhf.log import Run
 
@@ -45,34 +45,10 @@ def summary():
         "optimum": vars(task.known_optimum(torch.tensor([0.0, 1.0]), 0.4)),
         "frontier": [{"kl": 0.5, "reward": 1.5}, {"kl": 1.0, "reward": 1.8}],
         "sweep": [sweep_run(0.0, free, [(30, FELL)]), *runs],
-        "best_of_n": [point(1.0, 0.9, study.best_of_n_kl(n), n=n) for n in study.BEST_OF],
+        "best_of_n": [point(1.0, 0.9, best_of_n_kl(n), n=n) for n in study.BEST_OF],
         "dpo": [{"beta": beta, "curve": tied, "seconds": 9.0} | tied[-1] for beta in study.DPO_BETAS],
         "variants": [scored, variant | {"name": "adaptive KL", "target": 0.5, "last_kl": 0.55}],
     }
-
-
-@pytest.mark.parametrize("n", range(1, 9))
-def test_best_of_n_is_the_mean_over_all_subsets(n):
-    generator = torch.Generator().manual_seed(n)
-    proxy, gold = torch.randn(2, 8, generator=generator)
-    best = [gold[list(rows)][proxy[list(rows)].argmax()] for rows in combinations(range(8), n)]
-    assert study.expected_best(proxy, gold, n) == pytest.approx(float(torch.stack(best).double().mean()), rel=1e-6)
-
-
-def test_best_of_n_of_uniform_samples():
-    """The best of n of U(0, 1) has mean n / (n + 1)."""
-    pool = torch.rand(200_000, generator=torch.Generator().manual_seed(0))
-    for n in (1, 4, 128):
-        error = 1 / math.sqrt(len(pool)) * (1 if n == 1 else 4)
-        assert study.expected_best(pool, pool, n) == pytest.approx(n / (n + 1), abs=error)
-
-
-@pytest.mark.parametrize("n", [1, 2, 16, 128])
-def test_best_of_n_kl_is_that_of_uniform_ranks(n):
-    """The best of n has density n u^(n-1) over the quantile u: KL = integral of it times its logarithm."""
-    u = (torch.arange(1_000_000, dtype=torch.float64) + 0.5) / 1_000_000
-    density = n * u ** (n - 1)
-    assert study.best_of_n_kl(n) == pytest.approx(float(torch.special.xlogy(density, density).mean()), abs=1e-4)
 
 
 def test_best_of_n_figures_of_a_pool():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -13,6 +14,11 @@ from rlhf.config import InitConfig, RewardConfig
 from rlhf.init import init
 
 WORDS = ["the", "film", "play", "was", "very", "good", "bad", "dull", "fine", "great", "and", "story", "actor", "plot"]
+
+CHAT_TEMPLATE = (
+    "{% for m in messages %} {{ m.role }} {{ m.content }} {{ eos_token }}{% endfor %}"
+    "{% if add_generation_prompt %} assistant{% endif %}"
+)
 
 
 def write_jsonl(path: Path, rows: list[dict]) -> str:
@@ -62,6 +68,27 @@ def tiny_model(tmp_path_factory, corpus) -> str:
     folder = tmp_path_factory.mktemp("models") / "tiny"
     sizes = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 2, "max_position_embeddings": 64}
     return str(init(InitConfig(dataset_name=corpus, output_dir=str(folder), tokenizer="word", **sizes)))
+
+
+@pytest.fixture(scope="session")
+def chat_model(tiny_model, tmp_path_factory) -> str:
+    """The same with a chat template."""
+    folder = shutil.copytree(tiny_model, tmp_path_factory.mktemp("models") / "chat")
+    (folder / "chat_template.jinja").write_text(CHAT_TEMPLATE)
+    return str(folder)
+
+
+@pytest.fixture(scope="session")
+def dialogues(tmp_path_factory) -> str:
+    """Four of one to three answers; the last ends with the user's turn."""
+    texts = [
+        ("the film", "was good", "the plot", "was very dull"),
+        ("the play", "was fine"),
+        ("the actor", "was bad", "and the story", "great", "was the film", "dull"),
+        ("the film", "was good", "the play"),
+    ]
+    rows = [{"messages": [{"role": r, "content": c} for r, c in zip(("user", "assistant") * 3, t)]} for t in texts]
+    return write_jsonl(tmp_path_factory.mktemp("data") / "dialogues.jsonl", rows)
 
 
 @pytest.fixture(scope="session")
