@@ -17,11 +17,12 @@ from rlhf.config_base import (
     require,
     require_each,
 )
+from rlhf.config_dpo import DPOConfig
 from rlhf.config_ppo import PPOConfig
 
 __all__ = [
-    "ConfigError", "DemoConfig", "EnvConfig", "GenerateConfig", "InitConfig", "PPOConfig", "RewardConfig", "RunConfig",
-    "SFTConfig", "TrainConfig", "TrainingDiverged", "UsageError",
+    "ConfigError", "DPOConfig", "DemoConfig", "EnvConfig", "GenerateConfig", "InitConfig", "PPOConfig", "RewardConfig",
+    "RunConfig", "SFTConfig", "TrainConfig", "TrainingDiverged", "UsageError",
 ]  # fmt: skip
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny_models import corpus, one_thread, pairs, tiny_model, tiny_reward_model  # noqa: F401, fixtures of the trainer's tests
+from tiny_models import corpus, labelled, one_thread, pairs, tiny_model, tiny_reward_model  # noqa: F401, fixtures of the trainer's tests
 
 from rlhf_kernels import testing
 
