@@ -25,7 +25,10 @@ from torch import Tensor, nn
 from rlhf.config import TrainConfig, TrainingDiverged, UsageError
 
 # What may differ between a run and its continuation.
-FREE_FIELDS = {"output_dir", "resume", "save_steps", "save_total_limit", "report_to", "device", "sample_steps"}
+FREE_FIELDS = {
+    "output_dir", "resume", "save_steps", "save_total_limit", "report_to", "device", "sample_steps",
+    "ref_logps_cache_dir",
+}  # fmt: skip
 
 
 class CheckpointError(UsageError):

@@ -88,7 +88,7 @@ def prepare(
     key = hashlib.sha256(json.dumps(depends).encode()).hexdigest()
     folder = Path(config.ref_logps_cache_dir or make_folder(config))
     found = remember(folder, key, lambda: _score(config, model, data, held_out, windows))
-    parts = (_with_columns(part, found[name], config) for name, part in (("data", data), ("held_out", held_out)))
+    parts = (_with_columns(part, found.get(name), config) for name, part in (("data", data), ("held_out", held_out)))
     return *parts, Reference(config, identity, None, found.get("kl"), found.get("held_out_kl"))
 
 
