@@ -21,7 +21,7 @@ from rlhf.init import init
 from rlhf.model import LanguageModel, load_language_model
 from rlhf.reference import completion_logps
 
-WORDS, LONGEST, BETA, PAIRS = ("a", "b", "c"), 3, 0.5, 5_000
+WORDS, LONGEST, BETA, PAIRS = ("a", "b", "c"), 3, 0.5, 12_000
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -55,7 +55,7 @@ def test_dpo_reaches_the_known_optimum(tmp_path):
         beta=BETA,
         max_length=8,
         per_device_train_batch_size=256,
-        num_train_epochs=6.0,
+        num_train_epochs=3.0,
         learning_rate=5e-3,
         eval_fraction=0.0,
         device="cpu",
