@@ -261,7 +261,8 @@ def best_of_n_kl(n: int) -> float:
 def train_dpo(setup: Setup, beta: float) -> dict:
     """On the reward model's pairs, from the SFT model."""
     config = dpo_config(setup, beta)
-    steps = math.ceil(demo.PAIRS * DPO_EPOCHS / DPO_BATCH)
+    pairs = (setup.folder / "pairs.jsonl").read_text(encoding="utf-8").count("\n")
+    steps = math.ceil(pairs * DPO_EPOCHS / DPO_BATCH)
     measured = {math.ceil(steps * i / DPO_POINTS) for i in range(1, DPO_POINTS + 1)} | {2, 4, 8}
     curve, spent = [{"step": 0, **figures(setup.before)}], 0.0
 
