@@ -26,8 +26,8 @@ from rlhf.config import TrainConfig, TrainingDiverged, UsageError
 
 # What may differ between a run and its continuation.
 FREE_FIELDS = {
-    "output_dir", "dataset_cache_dir", "resume", "save_steps", "save_total_limit", "report_to", "device",
-    "sample_steps",
+    "output_dir", "dataset_cache_dir", "ref_logps_cache_dir", "resume", "save_steps", "save_total_limit", "report_to",
+    "device", "sample_steps",
 }  # fmt: skip
 
 

@@ -21,11 +21,12 @@ from rlhf.config_base import (
     require,
     require_each,
 )
+from rlhf.config_dpo import DPOConfig
 from rlhf.config_eval import EvalConfig
 from rlhf.config_ppo import PPOConfig
 
 __all__ = [
-    "ConfigError", "DemoConfig", "EnvConfig", "EvalConfig", "GenerateConfig", "InitConfig", "LoraFields",
+    "ConfigError", "DPOConfig", "DemoConfig", "EnvConfig", "EvalConfig", "GenerateConfig", "InitConfig", "LoraFields",
     "MemoryFields", "PPOConfig", "RewardConfig", "RewardFields", "RunConfig", "SFTConfig", "SupervisedFields",
     "TrainConfig", "TrainingDiverged", "UsageError",
 ]  # fmt: skip

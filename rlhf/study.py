@@ -15,22 +15,17 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
-import rlhf_kernels
-from rlhf import demo, ppo, task
+from rlhf import demo, dpo, ppo, task
 from rlhf.best_of_n import best_of_n_kl, expected_best
-from rlhf.config import DemoConfig
+from rlhf.config import DemoConfig, DPOConfig
 from rlhf.data import load
 from rlhf.demo import GOLD, GOLD_BETA, Judge, Measurement
-from rlhf.forward import response_hidden, token_logprobs
+from rlhf.forward import token_logprobs
 from rlhf.model import LanguageModel, load_language_model
-from rlhf.order import permutation
 from rlhf.read import Source
-from rlhf.reward_model import collate as collate_pairs
 from rlhf.sft import collate as collate_texts
 from rlhf.study_report import draw, markdown, show
-from rlhf.tokens import TokenExample
 
 BETAS = (0.0, 0.05, 0.2, 0.4)  # reward per nat
 SWEEP_STEPS = 60  # at beta 0 gold is 1.7 after 10 and -3.4 after 40; at a rate of 1e-3 it fell from the third step on
@@ -244,47 +239,37 @@ def best_of_n(pool: Measurement, n: int) -> dict[str, float]:
 
 def train_dpo(setup: Setup, beta: float) -> dict:
     """On the reward model's pairs, from the SFT model."""
-    policy = load_language_model(str(setup.folder / "sft" / "final"), setup.config)
-    data = load(Source((str(setup.folder / "pairs.jsonl"),)), policy, "preference", 32)
-    reference = reference_logprobs(setup.judge.reference, data.examples)
-    optimizer = torch.optim.AdamW(policy.module.parameters(), lr=DPO_RATE, weight_decay=0.0)
-    order = [i for epoch in range(DPO_EPOCHS) for i in permutation(len(data), f"{setup.config.seed}/{epoch}")]
-    batches = [order[start : start + DPO_BATCH] for start in range(0, len(order), DPO_BATCH)]
-    decay = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, len(batches))
-    measured = {math.ceil(len(batches) * i / DPO_POINTS) for i in range(1, DPO_POINTS + 1)} | {2, 4, 8}
-    options = rlhf_kernels.DPOOptions(beta=beta)
-    curve, seconds = [{"step": 0, **figures(setup.before)}], 0.0
-    for step, rows in enumerate(batches, start=1):
-        began = time.perf_counter()
-        batch = collate_pairs([data.examples[row] for row in rows], policy)
-        loss, stats, _ = rlhf_kernels.linear_dpo_loss(
-            response_hidden(policy, batch),
-            token_ids=batch.response_ids,
-            cu_seqlens=batch.cu_seqlens,
-            ref_logps=reference[:, rows].flatten(),
-            options=options,
-            **policy.head_options(),
-        )
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(policy.module.parameters(), 1.0)
-        optimizer.step()
-        decay.step()
-        optimizer.zero_grad(set_to_none=True)
-        seconds += time.perf_counter() - began
+    config = dpo_config(setup, beta)
+    pairs = (setup.folder / "pairs.jsonl").read_text(encoding="utf-8").count("\n")
+    steps = math.ceil(pairs * DPO_EPOCHS / DPO_BATCH)
+    measured = {math.ceil(steps * i / DPO_POINTS) for i in range(1, DPO_POINTS + 1)} | {2, 4, 8}
+    curve, spent = [{"step": 0, **figures(setup.before)}], 0.0
+
+    def watch(step: int, policy: LanguageModel, metrics: dict[str, float]) -> None:
+        nonlocal spent
+        spent += metrics["timing/step"]
         if step in measured:
             curve.append(point(setup, policy, step))
-    after = setup.judge.measure(policy, SAMPLES, setup.config.seed, 3)
-    accuracy = stats.as_dict()["accuracy"]
-    return {"beta": beta, **figures(after), "accuracy": accuracy, "seconds": seconds, "curve": curve}
+
+    result = dpo.train(config, watch)
+    after = setup.judge.measure(load_language_model(str(result.final_dir), setup.config), SAMPLES, setup.config.seed, 3)
+    accuracy = result.metrics["rewards/accuracies"]
+    return {"beta": beta, **figures(after), "accuracy": accuracy, "seconds": spent, "curve": curve}
 
 
-@torch.no_grad()
-def reference_logprobs(reference: LanguageModel, pairs: list[TokenExample]) -> Tensor:  # (2, N), chosen and rejected
-    parts = []
-    for start in range(0, len(pairs), demo.BATCH):
-        batch = collate_pairs(pairs[start : start + demo.BATCH], reference)
-        parts.append(batch.unpack(token_logprobs(reference, batch)[0]).sum(1).view(2, -1))
-    return torch.cat(parts, 1)
+def dpo_config(setup: Setup, beta: float) -> DPOConfig:
+    return DPOConfig(
+        **demo.common(setup.config, setup.folder / "study" / f"dpo-{beta:g}"),
+        model_name_or_path=str(setup.folder / "sft" / "final"),
+        dataset_name=str(setup.folder / "pairs.jsonl"),
+        beta=beta,
+        per_device_train_batch_size=DPO_BATCH,
+        num_train_epochs=DPO_EPOCHS,
+        learning_rate=DPO_RATE,
+        lr_scheduler_type="linear",
+        max_length=32,
+        eval_fraction=0.0,
+    )
 
 
 # What must come out

@@ -14,6 +14,7 @@ from .ops.adamw_bf16 import adamw_bf16_
 from .ops.dpo_loss import DPOOptions, dpo_loss
 from .ops.gae import gae
 from .ops.group_advantages import group_advantages
+from .ops.kto_loss import kto_loss
 from .ops.linear_dpo_loss import linear_dpo_loss
 from .ops.linear_kl import linear_kl
 from .ops.linear_ppo_loss import linear_ppo_loss
@@ -27,7 +28,7 @@ from .ops.token_kl import token_kl
 from .ops.token_logprobs import token_logprobs
 from .optim import AdamWBF16
 from .packing import pack_sequences, plan_microbatches
-from .stats import DPOStats, PPOStats
+from .stats import DPOStats, KTOStats, PPOStats
 
 __version__ = "0.1.0"
 
@@ -35,9 +36,9 @@ load_kernels()
 _first_calls.make()
 
 __all__ = [
-    "AdamWBF16", "AdvantageOptions", "Backends", "Chunking", "DPOOptions", "DPOStats", "LMHead", "PPOAdvantages",
-    "PPOLossOptions", "PPOStats", "adamw_bf16_", "backend", "backends", "dpo_loss", "gae", "group_advantages",
-    "linear_dpo_loss", "linear_kl", "linear_ppo_loss", "linear_token_logprobs", "lm_head_of", "logits_kl",
-    "masked_whiten", "pack_sequences", "plan_microbatches", "ppo_advantages", "ppo_loss", "sequence_logprobs",
-    "token_kl", "token_logprobs",
+    "AdamWBF16", "AdvantageOptions", "Backends", "Chunking", "DPOOptions", "DPOStats", "KTOStats", "LMHead",
+    "PPOAdvantages", "PPOLossOptions", "PPOStats", "adamw_bf16_", "backend", "backends", "dpo_loss", "gae",
+    "group_advantages", "kto_loss", "linear_dpo_loss", "linear_kl", "linear_ppo_loss", "linear_token_logprobs",
+    "lm_head_of", "logits_kl", "masked_whiten", "pack_sequences", "plan_microbatches", "ppo_advantages", "ppo_loss",
+    "sequence_logprobs", "token_kl", "token_logprobs",
 ]  # fmt: skip

@@ -105,3 +105,37 @@ class DPOStats:
         if name not in DPO_FIELDS:
             raise AttributeError(f"DPOStats has no view {name!r}; it has {', '.join(DPO_FIELDS)}")
         return self._means()[DPO_FIELDS.index(name)]
+
+
+KTO_FIELDS = ("chosen_rewards", "rejected_rewards", "logps_chosen", "logps_rejected", "chosen", "rejected")
+
+
+@dataclass(frozen=True)
+class KTOStats:
+    """Statistics of `kto_loss`: means over desirable (chosen) and undesirable (rejected) sequences, and how many there
+    are; 0-dim device tensors. `as_dict()` reads all with one transfer. A reward is beta * (logp - ref_logp); means of a
+    kind without sequences are 0."""
+
+    sums: Tensor  # (6,) float64, KTO_FIELDS
+
+    def __add__(self, other: KTOStats) -> KTOStats:
+        """The statistics of both batches together."""
+        return KTOStats(self.sums + other.sums)
+
+    def all_reduce_(self, group: dist.ProcessGroup | None = None) -> KTOStats:
+        """Merges the ranks of a process group in place, on the device."""
+        dist.all_reduce(self.sums, group=group)
+        return self
+
+    def _means(self) -> Tensor:
+        counts = self.sums[4:]
+        return torch.cat([self.sums[:4] / counts.clamp(min=1).repeat(2), counts])
+
+    def as_dict(self) -> dict[str, float]:
+        """Every view as a Python number: one host sync."""
+        return dict(zip(KTO_FIELDS, self._means().tolist()))
+
+    def __getattr__(self, name: str) -> Tensor:
+        if name not in KTO_FIELDS:
+            raise AttributeError(f"KTOStats has no view {name!r}; it has {', '.join(KTO_FIELDS)}")
+        return self._means()[KTO_FIELDS.index(name)]

@@ -11,6 +11,7 @@ from tiny_models import (  # noqa: F401, fixtures of the trainer's tests
     chat_model,
     corpus,
     dialogues,
+    labelled,
     one_thread,
     pairs,
     tiny_model,

@@ -1,6 +1,9 @@
-"""linear_dpo_loss and dpo_loss beside Liger's chunked losses; where definitions differ, a case says how and maps it."""
+"""Preference losses beside Liger's chunked ones, kto_loss beside TRL's; where definitions differ, a case maps them."""
 
 from __future__ import annotations
+
+from collections import defaultdict
+from types import SimpleNamespace
 
 import torch
 import torch.nn.functional as F
@@ -214,27 +217,87 @@ def orpo_nll_of_prompts():
     return compare(inputs, exchanged(oracle, sums), exchanged(ours, our_sums), peer, ours)
 
 
-@case("liger-kto-composed")
+LABELS = torch.tensor([True, False, False, True, True, False, True, False])
+GOOD, BAD = 1.5, 0.75  # weights of desirable and undesirable completions
+
+
+def kto_oracle(ratios: Tensor, kl: Tensor | float, weights: tuple[float, float] = (1.0, 1.0)) -> Tensor:
+    gains = BETA * (ratios - kl)
+    shortfall = torch.where(LABELS, weights[0] * torch.sigmoid(-gains), weights[1] * torch.sigmoid(gains))
+    return shortfall.mean()
+
+
+@case("liger-kto")
 def kto():
-    """We have no KTO type: its formula over our log-probabilities of sequences, which is what a user would write."""
+    """Liger takes the KL estimate and no weights."""
     from liger_kernel.chunked_loss import LigerFusedLinearKTOLoss
 
     inputs, target, reference = pairs()
-    desirable = torch.tensor([True, False, False, True, True, False, True, False])
     module = LigerFusedLinearKTOLoss(beta=BETA, compiled=False, use_ref_model=True)
 
-    def composed(total):
-        def function(hidden, weight, bias):
-            ref = total(*(x.to(hidden.dtype) for x in reference.values()), target)
-            gain = BETA * (total(hidden, weight, bias, target) - ref - KL)
-            return {"loss": (1 - torch.sigmoid(torch.where(desirable, gain, -gain))).mean()}
+    def oracle(hidden, weight, bias):
+        ref = sums(*(x.to(hidden.dtype) for x in reference.values()), target)
+        return {"loss": kto_oracle(sums(hidden, weight, bias, target) - ref, KL)}
 
-        return function
+    def ours(hidden, weight, bias):
+        logps, ref = our_sums(hidden, weight, bias, target), our_sums(*reference.values(), target)
+        return {"loss": rlhf_kernels.kto_loss(logps, ref, LABELS, KL, beta=BETA)[0]}
 
     def peer(hidden, weight, bias):
-        return {"loss": module(hidden, weight, target, bias, desirable, *reference.values(), torch.tensor(KL))[0]}
+        return {"loss": module(hidden, weight, target, bias, LABELS, *reference.values(), torch.tensor(KL))[0]}
 
-    return compare(inputs, composed(sums), composed(our_sums), peer)
+    return compare(inputs, oracle, ours, peer)
+
+
+@case("trl-kto", "kto", 0.4)
+@case("trl-kto-below-the-reference", "kto", -0.4)
+@case("trl-apo-zero-unpaired", "apo_zero_unpaired", 0.4)
+def trl_kto(kind, shift):
+    """KTOTrainer's own `_compute_loss`, whose model gives log-probabilities that are known; ours takes the mean
+    log-ratio of the mismatched completions."""
+    torch.manual_seed(0)
+    count = len(LABELS)
+    inputs = {"logps": -10 - 5 * torch.rand(count)}
+    ref, mismatched = -11 - 4 * torch.rand(count), -20 - 3 * torch.rand(count)
+    ref_mismatched = mismatched - shift - 0.3 * torch.randn(count)
+    kl = (mismatched - ref_mismatched).mean()
+
+    def oracle(logps):
+        z = kl.clamp(min=0) if kind == "kto" else 0.0
+        return {"loss": kto_oracle(logps - ref, z, (GOOD, BAD))}
+
+    def ours(logps):
+        weights = {"desirable_weight": GOOD, "undesirable_weight": BAD}
+        estimate = kl if kind == "kto" else None
+        return {"loss": rlhf_kernels.kto_loss(logps, ref, LABELS, estimate, beta=BETA, loss_type=kind, **weights)[0]}
+
+    def peer(logps):
+        return {"loss": trl_kto_loss(kind, logps, mismatched, ref, ref_mismatched)}
+
+    return compare(inputs, oracle, ours, peer)
+
+
+def trl_kto_loss(kind: str, logps: Tensor, mismatched: Tensor, ref: Tensor, ref_mismatched: Tensor) -> Tensor:
+    """KTOTrainer's loss of completions of one token after a prompt of one, by a model that answers these numbers."""
+    from trl import KTOTrainer
+
+    def model(labels, **_):
+        zeros = torch.zeros(len(labels), 1)
+        return SimpleNamespace(log_probs=logps[:, None], entropy=zeros, mean_logits=zeros)
+
+    model.training = True
+    gathered = lambda x: x  # noqa: E731
+    trainer = SimpleNamespace(
+        model=model, accelerator=SimpleNamespace(device=torch.device("cpu"), gather_for_metrics=gathered),
+        aux_loss_enabled=False, precompute_ref_logps=True, calculate_KL=kind == "kto", loss_type=kind, beta=BETA,
+        desirable_weight=GOOD, undesirable_weight=BAD, _metrics={"train": defaultdict(list)}, _total_train_tokens=0,
+        _tp_size=1, _compute_kl_logps=lambda model, batch: mismatched if kind == "kto" else None,
+    )  # fmt: skip
+    ids = torch.zeros(len(LABELS), 2, dtype=torch.long)
+    completion = torch.tensor([[0, 1]]).expand_as(ids)
+    inputs = {"label": LABELS, "input_ids": ids, "attention_mask": torch.ones_like(ids), "completion_mask": completion}
+    inputs |= {"ref_logps": ref, "ref_KL_logps": ref_mismatched}
+    return KTOTrainer._compute_loss(trainer, model, inputs, False)
 
 
 def pair_losses(kind):

@@ -21,18 +21,18 @@ import pytest
 import torch
 from torch import nn
 
-from rlhf import ppo, reward_model, sft
+from rlhf import dpo, ppo, reward_model, sft
 from rlhf.checkpoint import CheckpointError, list_checkpoints, load_checkpoint, problem_with, replacing, save_checkpoint
-from rlhf.config import PPOConfig, RewardConfig, SFTConfig, TrainingDiverged
+from rlhf.config import DPOConfig, PPOConfig, RewardConfig, SFTConfig, TrainingDiverged
 from rlhf.log import write_samples
 from rlhf.losses import completion_loss
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-TRAINERS = {"sft": sft, "sft_lora": sft, "reward": reward_model, "ppo": ppo}
+TRAINERS = {"sft": sft, "sft_lora": sft, "reward": reward_model, "dpo": dpo, "kto": dpo, "ppo": ppo}
 
 
 @pytest.fixture
-def configs(tiny_model, tiny_reward_model, chat_model, corpus, dialogues, pairs, tmp_path) -> dict:
+def configs(tiny_model, tiny_reward_model, chat_model, corpus, dialogues, pairs, labelled, tmp_path) -> dict:
     """Six steps each, with every kind of state: several epochs, warm-up, adaptive KL, accumulation."""
     common = {"model_name_or_path": tiny_model, "device": "cpu", "max_steps": 6, "save_steps": 2, "warmup_steps": 2}
     common |= {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2, "output_dir": str(tmp_path / "run")}
@@ -45,6 +45,8 @@ def configs(tiny_model, tiny_reward_model, chat_model, corpus, dialogues, pairs,
         "sft": SFTConfig(**common, **rates, dataset_name=corpus, max_length=16),
         "sft_lora": SFTConfig(**common | {"model_name_or_path": chat_model}, **rates, **adapters, max_length=16),
         "reward": RewardConfig(**common, **rates, dataset_name=pairs, max_length=16),
+        "dpo": DPOConfig(**common, **rates, dataset_name=pairs, max_length=16),
+        "kto": DPOConfig(**common, **rates, dataset_name=labelled, max_length=16, loss_type="kto"),
         "ppo": PPOConfig(**common, **rates, **rollouts, **rewards, dataset_name=corpus, sample_steps=2),
     }
 
@@ -109,13 +111,14 @@ def test_killed_runs_continue_to_the_same_bytes(configs, tmp_path):
     code = """
         import os, pickle, signal, sys
         import torch
-        from rlhf import ppo, reward_model, sft
+        from rlhf import dpo, ppo, reward_model, sft
         torch.set_num_threads(1)
         configs = pickle.load(sys.stdin.buffer)
         for kind, config in configs.items():
             if os.fork() == 0:
                 kill = lambda step, *_: os.kill(os.getpid(), signal.SIGKILL) if step == 5 else None
-                {"sft": sft, "sft_lora": sft, "reward": reward_model, "ppo": ppo}[kind].train(config, on_step=kill)
+                trainers = {"sft": sft, "sft_lora": sft, "reward": reward_model, "dpo": dpo, "kto": dpo, "ppo": ppo}
+                trainers[kind].train(config, on_step=kill)
             assert os.waitstatus_to_exitcode(os.wait()[1]) == -signal.SIGKILL, kind
     """
     import pickle

@@ -10,7 +10,7 @@ from conftest import battery
 
 import rlhf_kernels
 from rlhf_kernels import DPOOptions, dpo_loss, testing
-from rlhf_kernels.ops.dpo_loss import AVERAGED, REFERENCE_FREE, SMOOTHED, TYPES, dpo_loss_op
+from rlhf_kernels.ops.dpo_loss import AVERAGED, OVER_THE_BATCH, REFERENCE_FREE, SMOOTHED, TYPES, dpo_loss_op
 
 
 @battery("dpo_loss")
@@ -30,6 +30,7 @@ OPTIONS += [DPOOptions(0.5, kind, label_smoothing=0.25) for kind in SMOOTHED if 
 OPTIONS += [
     DPOOptions(0.5, "ipo", ipo_average=False), DPOOptions(0.5, "discopop", discopop_tau=0.75),
     DPOOptions(2.0, "simpo", simpo_gamma=1.5), DPOOptions(0.5, "cpo", cpo_alpha=0.25),
+    DPOOptions(0.5, "sigmoid", sft_coef=0.75), DPOOptions(0.25, "orpo", sft_coef=0.5),
 ]  # fmt: skip
 each_type = pytest.mark.parametrize("options", OPTIONS, ids=lambda o: f"{o.loss_type}-{o.label_smoothing}-{o.beta}")
 
@@ -81,7 +82,9 @@ def test_closed_form_and_its_derivatives(options):
     x = _inputs(options)
     zeros = torch.zeros(6, dtype=torch.float64)
     expected = closed_form(options, PLAIN, *[x.get(name, zeros) for name in INPUTS]).mean()
-    nll = {"cpo": options.cpo_alpha, "orpo": 1}.get(options.loss_type, 0)  # over the chosen tokens of the batch
+    nll = {"cpo": options.cpo_alpha, "orpo": 1}.get(
+        options.loss_type, 0
+    ) + options.sft_coef  # over the chosen tokens of the batch
     expected = expected - nll * x["chosen_logps"].sum() / x["chosen_lengths"].sum()
     loss, _ = dpo_loss(**x, options=options)
     torch.testing.assert_close(loss, expected, rtol=1e-13, atol=1e-15)
@@ -93,7 +96,7 @@ def test_closed_form_and_its_derivatives(options):
 
 def _in_many_digits(options, point):
     """(value, d/d chosen, d/d rejected) of one pair, with 60 digits, rounded once."""
-    nll = {"cpo": options.cpo_alpha, "orpo": 1}.get(options.loss_type, 0)
+    nll = {"cpo": options.cpo_alpha, "orpo": 1}.get(options.loss_type, 0) + options.sft_coef
     form = lambda c, j: closed_form(options, EXACT, c, j, *point[2:]) - nll * c / point[4]  # noqa: E731
     with mpmath.workdps(60):
         point = [mpmath.mpf(v) for v in point]
@@ -183,7 +186,7 @@ def test_only_needed_gradients():
     """What is not asked for is not kept; a reference that requires a gradient gets none; there is one derivative."""
     options = DPOOptions()
     x = _inputs(options)
-    fixed = [x[name].detach() for name in INPUTS]
+    fixed = [*(x[name].detach() for name in INPUTS), None]
     shapes = [
         [g.shape[0] for g in dpo_loss_op(*fixed, *options.codes(), *wants)[2:]] for wants in ((1, 0), (0, 1), (0, 0))
     ]
@@ -220,6 +223,23 @@ def test_statistics(options):
     assert (parts[0] + parts[1]).as_dict() == pytest.approx(found, rel=1e-14)
     with pytest.raises(AttributeError, match="no view 'rewards'; it has chosen_rewards"):
         _ = stats.rewards
+
+
+@pytest.mark.parametrize("as_tensor", [False, True])
+@each_type
+def test_parts_of_a_step_add_up(options, as_tensor):
+    """TRL#2615: with the step's denominators the parts are its loss and gradients, the NLL over tokens included."""
+    if options.loss_type in OVER_THE_BATCH:
+        return
+    x = _inputs(options)
+    loss, _ = dpo_loss(**x, options=options)
+    whole = (6, int(x["chosen_lengths"].sum()))
+    whole = torch.tensor(whole) if as_tensor else whole
+    cut = ({k: v[at] for k, v in x.items()} for at in (slice(0, 1), slice(1, 4), slice(4, 6)))
+    parts = sum(dpo_loss(**part, options=options, denominators=whole)[0] for part in cut)
+    torch.testing.assert_close(parts, loss, rtol=1e-14, atol=0)
+    for a, b in zip(torch.autograd.grad(parts, _learned(x)), torch.autograd.grad(loss, _learned(x))):
+        torch.testing.assert_close(a, b, rtol=1e-14, atol=0)
 
 
 def test_a_tie_is_not_a_win():
@@ -259,6 +279,7 @@ def test_types_say_what_they_need(kind):
     [
         ({"loss_type": "dpo"}, "loss_type: expected one of sigmoid, .* got 'dpo'"),
         ({"beta": 0.0}, "beta: expected a number above 0"),
+        ({"sft_coef": -0.1}, "sft_coef: expected a number >= 0"),
         ({"beta": math.nan}, "beta: expected a finite"),
         ({"discopop_tau": 0}, "discopop_tau: expected a number above 0"),
         ({"label_smoothing": 1.5}, r"label_smoothing: expected a number in \[0, 1\]"),
@@ -292,6 +313,10 @@ def test_bad_options(options, words):
         ({"rejected_logps": torch.zeros(3)}, ValueError, r"rejected_logps: expected the shape \(2,\) of chosen_logps"),
         ({"ref_chosen_logps": torch.zeros(2, 1)}, ValueError, r"ref_chosen_logps: expected the shape \(2,\)"),
         ({"ref_rejected_logps": torch.zeros(2, device="meta")}, ValueError, "ref_rejected_logps: expected device cpu"),
+        ({"denominators": (2,)}, ValueError, r"denominators: expected pairs and chosen tokens, got \(2,\)"),
+        ({"denominators": (2, 0)}, ValueError, "denominators: expected a number above 0, got 0"),
+        ({"denominators": torch.ones(())}, ValueError, r"denominators: expected the shape \(2,\) of pairs and chosen"),
+        ({"denominators": (2, 9), "loss_type": "aot"}, ValueError, "denominators: expected None with loss_type='aot'"),
         ({"chosen_lengths": [3, 4]}, TypeError, "chosen_lengths: expected a tensor, got list"),
         ({"chosen_lengths": torch.ones(3)}, ValueError, r"chosen_lengths: expected the shape \(2,\) of chosen_logps"),
     ],

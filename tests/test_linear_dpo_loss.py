@@ -1,6 +1,7 @@
 """linear_dpo_loss: the battery, then what is particular to it."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ from conftest import battery
 import rlhf_kernels
 from rlhf_kernels import DPOOptions, _head, dpo_loss, linear_dpo_loss, sequence_logprobs, testing, token_logprobs
 from rlhf_kernels.ops import linear_dpo_loss as module
-from rlhf_kernels.ops.dpo_loss import REFERENCE_FREE, TYPES
+from rlhf_kernels.ops.dpo_loss import OVER_THE_BATCH, REFERENCE_FREE, TYPES
 
 
 @battery("linear_dpo_loss")
@@ -112,6 +113,19 @@ def test_packed_equals_padded(kind):
         grads.append((loss, stats.sums, logps, d_hidden if packed else d_hidden[inside], d_weight))
     for a, b in zip(*grads):
         torch.testing.assert_close(a, b, rtol=1e-13, atol=1e-14)
+
+
+@pytest.mark.parametrize("chunk", [3, None])
+@pytest.mark.parametrize("kind", [kind for kind in TYPES if kind not in OVER_THE_BATCH])
+def test_parts_of_a_step_add_up(kind, chunk):
+    """Pair 1 and then pairs 0 and 2, with the step's denominators and the NLL term."""
+    x, options = _inputs(reference=kind not in REFERENCE_FREE), replace(_options(kind), sft_coef=0.5)
+    whole = 3, int(x["mask"][:3].sum())
+    parts = []
+    for rows in ([1, 4], [0, 2, 3, 5]):
+        part = {name: v if name == "weight" else v[rows] for name, v in x.items()}
+        parts.append(linear_dpo_loss(**part, options=options, denominators=whole, chunk_size=chunk)[0])
+    _same([sum(parts)], _unfused(**x, options=options)[:1], [x["hidden"], x["weight"]])
 
 
 @pytest.fixture

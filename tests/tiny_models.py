@@ -63,6 +63,20 @@ def pairs(tmp_path_factory) -> str:
 
 
 @pytest.fixture(scope="session")
+def labelled(tmp_path_factory) -> str:
+    """40 rows of prompt, completion and label: true where the completion ends in `great`."""
+    rows = [
+        {
+            "prompt": sentence(i, 2 + i % 3),
+            "completion": f" {sentence(i + 9, 1 + i % 4)} {end}",
+            "label": end == "great",
+        }
+        for i, end in enumerate(["great", "dull", "great", "bad", "dull"] * 8)
+    ]
+    return write_jsonl(tmp_path_factory.mktemp("data") / "labelled.jsonl", rows)
+
+
+@pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory, corpus) -> str:
     """A word-level Llama: hidden 32, 2 layers."""
     folder = tmp_path_factory.mktemp("models") / "tiny"

@@ -51,7 +51,7 @@ def main() -> None:
         parser.error(f"{TRL_PYTHON} is not there: run `make peers`")
     settings = SETTINGS | {"vocab": arguments.vocab, "steps": arguments.steps + 1, "threads": arguments.threads}
     rng, longest = random.Random(0), SETTINGS["response_length"]
-    settings["ragged"] = arguments.ragged
+    settings |= {"ragged": arguments.ragged, "longest": SETTINGS["prompt_length"] + longest}
     settings["lengths"] = [
         [rng.randint(4, longest) if arguments.ragged else longest for _ in range(SETTINGS["prompts"])]
         for _ in range(settings["steps"] + 1)  # TRL samples once more than it steps
@@ -104,10 +104,10 @@ def check(results: dict, settings: dict) -> None:
         raise SystemExit(f"the policies differ: entropy {ours:.2f} (rlhf) and {theirs:.2f} (trl) in the first step")
 
 
-def machine() -> dict:
+def machine(python: Path = TRL_PYTHON) -> dict:
     models = [line for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines() if "model name" in line]
     version = "import importlib.metadata as m; print(*(m.version(n) for n in ('trl', 'transformers', 'torch')))"
-    trl = subprocess.run([str(TRL_PYTHON), "-c", version], capture_output=True, text=True, check=True).stdout.split()
+    trl = subprocess.run([str(python), "-c", version], capture_output=True, text=True, check=True).stdout.split()
     return {
         "cpu": models[0].partition(": ")[2] if models else platform.machine(),
         "cores": os.cpu_count(),

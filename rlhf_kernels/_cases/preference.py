@@ -1,4 +1,4 @@
-"""Cases of sequence_logprobs, group_advantages, dpo_loss and linear_dpo_loss: formulas written out, with autograd."""
+"""Cases of sequence_logprobs, group_advantages and the preference losses: formulas written out, with autograd."""
 
 from __future__ import annotations
 
@@ -10,9 +10,10 @@ from torch.nn.functional import logsigmoid
 
 from ..ops.dpo_loss import REFERENCE_FREE, TYPES, DPOOptions, dpo_loss
 from ..ops.group_advantages import group_advantages
+from ..ops.kto_loss import kto_loss
 from ..ops.linear_dpo_loss import linear_dpo_loss
 from ..ops.sequence_logprobs import sequence_logprobs
-from ..stats import DPO_FIELDS
+from ..stats import DPO_FIELDS, KTO_FIELDS
 from ..testing import OpCase
 from .inputs import LAYOUTS, THOROUGH, sequences, tokens
 from .linear import head, head_logits
@@ -138,7 +139,7 @@ def dpo_loss_oracle(
     c, j = ((pi_c - ref_c) / n_c, (pi_j - ref_j) / n_j) if averaged else (pi_c - ref_c, pi_j - ref_j)
     pairs = max(len(pi_c), 1)
     loss = pair_losses(o, c, j, pi_c, pi_j, ref_c, ref_j).sum() / pairs
-    nll = {"cpo": o.cpo_alpha, "orpo": 1}.get(o.loss_type, 0)
+    nll = {"cpo": o.cpo_alpha, "orpo": 1}.get(o.loss_type, 0) + o.sft_coef
     if nll:
         loss = loss - nll * pi_c.sum() / (pairs if chosen_lengths is None else max(int(chosen_lengths.sum()), 1))
     by_mean = o.loss_type in ("simpo", "orpo")
@@ -172,7 +173,52 @@ DPO_LOSS = [
     _dpo_case("ipo_sums", options_of("ipo", ipo_average=False), lengths=False),
     _dpo_case("cdpo", options_of("sigmoid", label_smoothing=0.2), lengths=False),
     _dpo_case("cpo_paper", options_of("cpo", cpo_alpha=0.5), lengths=False),
+    _dpo_case("rpo", options_of("sigmoid", sft_coef=0.7)),
+    _dpo_case("ipo_sft_of_sequences", options_of("ipo", sft_coef=0.7, ipo_average=False), lengths=False),
     _dpo_case("no_pairs", options_of("sigmoid"), pairs=0),
+]
+
+
+# --- kto_loss -------------------------------------------------------------------------------------------------------
+
+
+def _kto_inputs(generator, count=9, kl=0.8):
+    draw = lambda: torch.randn(count, generator=generator, dtype=torch.float64)  # noqa: E731
+    logps = -10 - 5 * draw().abs()
+    out = {"logps": logps, "ref_logps": logps + 4 * draw(), "labels": torch.rand(count, generator=generator) < 0.6}
+    return out | ({} if kl is None else {"kl": torch.tensor(kl, dtype=torch.float64)})
+
+
+def _kto_loss(options, **inputs):
+    loss, stats = kto_loss(**inputs, **options)
+    return loss, torch.stack([getattr(stats, name) for name in KTO_FIELDS])
+
+
+def _kto_oracle(options, logps, ref_logps, labels, kl=None):
+    pi, b = _wide(logps), options["beta"]
+    r, z = pi - _wide(ref_logps), 0 if kl is None else max(0.0, float(kl))
+    good, bad = labels.nonzero()[:, 0], (~labels).nonzero()[:, 0]
+    losses = torch.cat([
+        options["desirable_weight"] * (1 - torch.sigmoid(b * (r[good] - z))),
+        options["undesirable_weight"] * (1 - torch.sigmoid(b * (z - r[bad]))),
+    ])  # fmt: skip
+    means = [x[at].detach().sum() / max(len(at), 1) for x in (b * r, pi) for at in (good, bad)]
+    return losses.sum() / max(len(pi), 1), torch.stack([*means, *(pi.new_tensor(len(at)) for at in (good, bad))])
+
+
+def _kto_case(name, loss_type="kto", values_only=False, **inputs) -> OpCase:
+    options = {"loss_type": loss_type, "beta": 0.3, "desirable_weight": 1.5, "undesirable_weight": 0.75}
+    return OpCase(
+        "kto_loss", name, partial(_kto_inputs, **inputs), partial(_kto_loss, options), partial(_kto_oracle, options),
+        learned=("logps",), values_only=values_only, tolerance=3e-6,
+    )  # fmt: skip
+
+
+KTO_LOSS = [
+    _kto_case("kto"),
+    _kto_case("kto_below_the_reference", kl=-0.4, values_only=True),
+    _kto_case("apo_zero_unpaired", "apo_zero_unpaired", kl=None),
+    _kto_case("no_sequences", count=0, values_only=True),
 ]
 
 
@@ -220,6 +266,7 @@ EVEN = {"gaps": {"mask": "gaps", "shape": (4, 9)}, "packed": {"packed": True, "s
 LINEAR_DPO_LOSS = [
     *(_linear_case(f"{kind}_gaps", EVEN["gaps"], options_of(kind), 20, values_only=kind != "orpo") for kind in TYPES),
     *(_linear_case(name, EVEN[name], options_of("sigmoid"), values_only=name != "packed") for name in EVEN),
+    _linear_case("rpo", EVEN["packed"], options_of("sigmoid", sft_coef=0.7), 20),
     _linear_case("four_products", EVEN["packed"], options_of("simpo"), 2),
     _linear_case("four_products_batch", EVEN["packed"], options_of("aot_unpaired"), 7),
 ]

@@ -22,7 +22,8 @@ loss is the mean over pairs.
     cpo            sigmoid of beta (chosen - rejected), plus cpo_alpha NLL           arXiv 2401.08417
     orpo           NLL - beta log s(log-odds of C less log-odds of J)      arXiv 2403.07691
 
-NLL is the mean over all chosen tokens of the batch; for cpo without token counts, as its paper has it, over sequences.
+NLL is the mean over all chosen tokens of the batch; without token counts, as the paper of cpo has it, over sequences.
+Every type takes sft_coef NLL beside (RPO, arXiv 2404.19733, which averages over tokens of a sequence first).
 Small vectors: plain torch is the kernel.
 """
 
@@ -51,15 +52,15 @@ OVER_THE_BATCH = ("aot", "aot_unpaired")  # a pair's loss depends on the other p
 
 OPTIONS_SCHEMA = (
     "int loss_type, float beta, float label_smoothing, float simpo_gamma, float cpo_alpha, float discopop_tau, "
-    "bool ipo_average"
+    "bool ipo_average, float sft_coef"
 )
 # stats is (7,) float64, DPO_FIELDS; a gradient that is not asked for is empty.
 SCHEMA = (
     "dpo_loss(Tensor chosen_logps, Tensor rejected_logps, Tensor? ref_chosen_logps, Tensor? ref_rejected_logps, "
-    f"Tensor? chosen_lengths, Tensor? rejected_lengths, {OPTIONS_SCHEMA}, bool grad_chosen, bool grad_rejected) "
-    "-> (Tensor loss, Tensor stats, Tensor d_chosen, Tensor d_rejected)"
+    f"Tensor? chosen_lengths, Tensor? rejected_lengths, Tensor? denominators, {OPTIONS_SCHEMA}, "
+    "bool grad_chosen, bool grad_rejected) -> (Tensor loss, Tensor stats, Tensor d_chosen, Tensor d_rejected)"
 )
-N_ARGUMENTS = 15
+N_OPTIONS, N_ARGUMENTS = 8, 17
 
 
 @dataclass(frozen=True)
@@ -73,6 +74,7 @@ class DPOOptions:
     cpo_alpha: float = 1.0
     discopop_tau: float = 0.05
     ipo_average: bool = True  # False: ipo compares sums over a sequence, not means
+    sft_coef: float = 0.0  # of the NLL of the chosen sequences, beside what cpo and orpo have of it
 
     def __post_init__(self) -> None:
         check.one_of("loss_type", self.loss_type, TYPES)
@@ -81,6 +83,7 @@ class DPOOptions:
         check.number("simpo_gamma", self.simpo_gamma)
         check.number("cpo_alpha", self.cpo_alpha)
         check.number("discopop_tau", self.discopop_tau, above=0)
+        check.number("sft_coef", self.sft_coef, 0)
         smoothing = (
             f"label_smoothing: expected a number %s with loss_type={self.loss_type!r}, got {self.label_smoothing}"
         )
@@ -94,7 +97,8 @@ class DPOOptions:
     def codes(self) -> tuple:
         """As the schema takes them."""
         values = [getattr(self, f.name) for f in fields(self)]
-        return (TYPES.index(self.loss_type), float(values[0]), *map(float, values[2:6]), self.ipo_average)
+        head = (TYPES.index(self.loss_type), float(values[0]), *map(float, values[2:6]))
+        return (*head, self.ipo_average, float(self.sft_coef))
 
     @classmethod
     def from_codes(cls, loss_type: int, beta: float, *rest) -> DPOOptions:
@@ -104,6 +108,11 @@ class DPOOptions:
     def averaged(self) -> bool:
         """Whether the loss compares means over tokens."""
         return self.loss_type in AVERAGED and (self.loss_type != "ipo" or self.ipo_average)
+
+    @property
+    def nll_coef(self) -> float:
+        """Weight of the NLL term."""
+        return {"cpo": self.cpo_alpha, "orpo": 1.0}.get(self.loss_type, 0.0) + self.sft_coef
 
 
 # Functions of one margin: (value, slope)
@@ -205,11 +214,11 @@ def pair_terms(
     chosen_lengths: Tensor | None,
     rejected_lengths: Tensor | None,
     options: DPOOptions,
-    pairs: int,  # of the whole batch
-    chosen_tokens: Tensor | None,  # () of the whole batch
+    pairs: float | Tensor,  # () what the sum over pairs is divided by
+    chosen_tokens: float | Tensor,  # () and the sum of the NLL
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(what each pair adds to the loss, d loss / d chosen, d loss / d rejected), (B,) each."""
-    kind, ones, pairs = options.loss_type, torch.ones_like(chosen), max(pairs, 1)
+    kind, ones = options.loss_type, torch.ones_like(chosen)
     n_chosen, n_rejected = ones, ones
     if options.averaged:
         n_chosen, n_rejected = chosen_lengths.clamp(min=1), rejected_lengths.clamp(min=1)
@@ -223,11 +232,22 @@ def pair_terms(
     else:
         value, d_chosen, d_rejected = _apart(kind, c, j, options)
     value, d_chosen, d_rejected = value / pairs, d_chosen / n_chosen / pairs, d_rejected / n_rejected / pairs
-    nll = {"cpo": options.cpo_alpha, "orpo": 1.0}.get(kind, 0.0)
-    if nll:
-        per_logp = nll / (pairs if chosen_tokens is None else chosen_tokens.clamp(min=1))
+    if options.nll_coef:
+        per_logp = options.nll_coef / chosen_tokens
         value, d_chosen = value - chosen * per_logp, d_chosen - per_logp
     return value, d_chosen, d_rejected
+
+
+def divisors_of(
+    denominators: Tensor | None,  # (2,)
+    pairs: int,
+    chosen_lengths: Tensor | None,  # (B,)
+) -> tuple[float | Tensor, float | Tensor]:
+    """Of the sum over pairs and of that of the NLL: what the caller says, or else of this batch."""
+    if denominators is not None:
+        return denominators[0], denominators[1]
+    pairs = max(pairs, 1)
+    return pairs, pairs if chosen_lengths is None else chosen_lengths.sum().clamp(min=1)
 
 
 def dpo_loss_reference(
@@ -237,12 +257,13 @@ def dpo_loss_reference(
     ref_rejected_logps: Tensor | None,
     chosen_lengths: Tensor | None,
     rejected_lengths: Tensor | None,
+    denominators: Tensor | None,  # (2,)
     *rest,  # the options' codes, grad_chosen, grad_rejected
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    options, wants, pairs = DPOOptions.from_codes(*rest[:-2]), rest[-2:], chosen_logps.shape[0]
-    tokens = None if chosen_lengths is None else chosen_lengths.sum()
+    options, wants = DPOOptions.from_codes(*rest[:-2]), rest[-2:]
     refs, lengths = (ref_chosen_logps, ref_rejected_logps), (chosen_lengths, rejected_lengths)
-    value, *slopes = pair_terms(chosen_logps, rejected_logps, *refs, *lengths, options, pairs, tokens)
+    divisors = divisors_of(denominators, chosen_logps.shape[0], chosen_lengths)
+    value, *slopes = pair_terms(chosen_logps, rejected_logps, *refs, *lengths, options, *divisors)
     rewards = []
     for logps, ref, length in zip((chosen_logps, rejected_logps), refs, lengths):
         ratio = logps if options.loss_type in REFERENCE_FREE else logps - ref
@@ -288,6 +309,26 @@ def check_reference(options: DPOOptions, names: str, given: bool) -> None:
         raise ValueError(f"{names}: expected {expected} with loss_type={options.loss_type!r}, got {got}; {way_out}")
 
 
+def check_denominators(value: tuple[float, float] | Tensor | None, options: DPOOptions, like: Tensor) -> Tensor | None:
+    """As the schema takes them."""
+    if value is None:
+        return None
+    if options.loss_type in OVER_THE_BATCH:
+        raise ValueError(
+            f"denominators: expected None with loss_type={options.loss_type!r}, where a pair's loss depends on the "
+            "others: it is no sum over parts of a batch"
+        )
+    if isinstance(value, Tensor):
+        check.same_shape("denominators", value, "pairs and chosen tokens", (2,))
+        check.same_device("denominators", value, "the log-probabilities", like)
+        return value
+    if len(value) != 2:
+        raise ValueError(f"denominators: expected pairs and chosen tokens, got {value!r}")
+    for number in value:
+        check.number("denominators", number, above=0)
+    return torch.tensor(value, dtype=torch.float64).to(like.device, non_blocking=True)
+
+
 def _options(options: DPOOptions | None, **given) -> DPOOptions:
     if options is None:
         return DPOOptions(**given)
@@ -312,12 +353,14 @@ def dpo_loss(
     chosen_lengths: Tensor | None = None,  # (B,) counted tokens, of any dtype
     rejected_lengths: Tensor | None = None,
     options: DPOOptions | None = None,  # in place of the three above, with the rarer ones
+    denominators: tuple[float, float] | Tensor | None = None,  # (2,) pairs and chosen tokens of a step, this a part
 ) -> tuple[Tensor, DPOStats]:
     """(loss, stats): the mean over pairs, float32 (float64 for float64 inputs), and sums on the device.
 
     Differentiable once, in chosen_logps and rejected_logps. ipo (unless options.ipo_average is False), sigmoid_norm,
     simpo and orpo need the token counts; simpo, cpo and orpo take no reference, the others need one. A batch without
-    pairs gives 0. Raises TypeError or ValueError for wrong dtypes, shapes, devices and options.
+    pairs gives 0. With the `denominators` of a whole step the losses of its parts add up to its own. Raises TypeError
+    or ValueError for wrong dtypes, shapes, devices and options.
     """
     options = _options(options, beta=beta, loss_type=loss_type, label_smoothing=label_smoothing)
     check.is_float("chosen_logps", chosen_logps)
@@ -338,7 +381,8 @@ def dpo_loss(
         elif options.averaged or lengths != dict.fromkeys(lengths):
             raise ValueError(f"{name}: expected token counts (B,) with loss_type={options.loss_type!r}, got None")
     dtype = compute_dtype(chosen_logps, rejected_logps, *refs.values())
-    constant = [None if x is None else x.detach().to(dtype) for x in (*refs.values(), *lengths.values())]
+    whole = check_denominators(denominators, options, chosen_logps)
+    constant = [None if x is None else x.detach().to(dtype) for x in (*refs.values(), *lengths.values(), whole)]
     wants = [torch.is_grad_enabled() and x.requires_grad for x in (chosen_logps, rejected_logps)]
     loss, stats, *_ = call(
         dpo_loss_op, chosen_logps.to(dtype), rejected_logps.to(dtype), *constant, *options.codes(), *wants

@@ -19,18 +19,28 @@ from .._head import CHUNKED, IGNORED, PLAN_SCHEMA, Chunking, Head, HeadGradients
 from .._layout import check_cu_seqlens, compute_dtype, full_mask, prepare, segment_sums, sequence_ids
 from .._library import call, define, once_differentiable
 from ..stats import DPOStats
-from .dpo_loss import OPTIONS_SCHEMA, OVER_THE_BATCH, DPOOptions, check_reference, dpo_loss_op, pair_terms
+from .dpo_loss import (
+    N_OPTIONS,
+    OPTIONS_SCHEMA,
+    OVER_THE_BATCH,
+    DPOOptions,
+    check_denominators,
+    check_reference,
+    divisors_of,
+    dpo_loss_op,
+    pair_terms,
+)
 from .linear_token_logprobs import check_linear, fake_gradients
 from .token_logprobs import split_temperature, token_logprobs_backward_into, token_logprobs_op
 
 # stats is (7,) float64, DPO_FIELDS; logps (2B,); a gradient that is not asked for is empty.
 SCHEMA = (
     "linear_dpo_loss(Tensor hidden, Tensor weight, Tensor token_ids, Tensor? bias, Tensor? ref_logps, Tensor? mask, "
-    "Tensor? cu_seqlens, Tensor? temperatures, float temperature, float? softcap, "
+    "Tensor? cu_seqlens, Tensor? temperatures, Tensor? denominators, float temperature, float? softcap, "
     f"{OPTIONS_SCHEMA}, {PLAN_SCHEMA}, bool grad_hidden, bool grad_weight, bool grad_bias) "
     "-> (Tensor loss, Tensor stats, Tensor logps, Tensor d_hidden, Tensor d_weight, Tensor d_bias)"
 )
-N_ARGUMENTS = 24
+N_ARGUMENTS = 26
 
 
 class _Pairs:
@@ -70,7 +80,9 @@ class _Pairs:
 class _Call:
     """One call: its operands, and the loss's slopes from log-probabilities of sequences."""
 
-    def __init__(self, hidden, weight, token_ids, bias, ref_logps, mask, cu_seqlens, temperatures, options, settled):
+    def __init__(
+        self, hidden, weight, token_ids, bias, ref_logps, mask, cu_seqlens, temperatures, whole, options, settled
+    ):
         counted = full_mask(mask, token_ids)
         check_ids(token_ids, counted, weight.shape[0])
         self.pairs, self.options = _Pairs(counted, cu_seqlens), options
@@ -78,9 +90,9 @@ class _Call:
         self.head = Head(self.rows.take(hidden), weight, bias, settled)
         self.ids, self.temperatures = self.rows.ids(token_ids), self.rows.take(temperatures)
         self.dtype = compute_dtype(hidden, weight, ref_logps)
-        self.chosen_tokens = self.pairs.lengths[: self.pairs.count].sum().to(self.dtype)
         self.halves = [None, None] if ref_logps is None else list(ref_logps.chunk(2))
         self.halves += [x.to(self.dtype) for x in self.pairs.lengths.chunk(2)]
+        self.divisors = divisors_of(whole, self.pairs.count, self.halves[2])
 
     def score(self, logits: Tensor, tokens: slice, temperature: float, softcap: float | None) -> tuple[Tensor, ...]:
         per_row = None if self.temperatures is None else self.temperatures[tokens]
@@ -88,7 +100,7 @@ class _Call:
 
     def slopes(self, chosen: Tensor, rejected: Tensor, pairs: slice) -> Tensor:  # (2, pairs)
         of_pairs = [None if x is None else x[pairs] for x in self.halves]
-        terms = pair_terms(chosen, rejected, *of_pairs, self.options, self.pairs.count, self.chosen_tokens)
+        terms = pair_terms(chosen, rejected, *of_pairs, self.options, *self.divisors)
         return torch.stack(terms[1:])
 
     def descend(self, logits: Tensor, tokens: slice, columns: slice, slope: Tensor, found, shaping: tuple) -> Tensor:
@@ -161,20 +173,24 @@ def linear_dpo_loss_chunked(
     mask: Tensor | None,
     cu_seqlens: Tensor | None,  # (2B+1,) int32
     temperatures: Tensor | None,
+    denominators: Tensor | None,  # (2,)
     temperature: float,
     softcap: float | None,
     *rest,  # the options' codes, Plan, which gradients
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     check_cu_seqlens(cu_seqlens, token_ids.shape[0] if token_ids.dim() == 1 else 0)
-    options, settled, wants = DPOOptions.from_codes(*rest[:7]), Plan(*rest[7:11]), rest[11:]
-    run = _Call(hidden, weight, token_ids, bias, ref_logps, mask, cu_seqlens, temperatures, options, settled)
+    codes, settled, wants = rest[:N_OPTIONS], Plan(*rest[N_OPTIONS:-3]), rest[-3:]
+    options = DPOOptions.from_codes(*codes)
+    run = _Call(
+        hidden, weight, token_ids, bias, ref_logps, mask, cu_seqlens, temperatures, denominators, options, settled
+    )
     chunks = None if options.loss_type in OVER_THE_BATCH else run.pairs.chunks(settled.chunk_tokens)
     shaping, inputs = (temperature, softcap), (hidden, weight, bias)
     if chunks is None:
         logps, sums = _four_products(run, shaping, wants, inputs)
     else:
         logps, sums = _three_products(run, chunks, shaping, wants, inputs)
-    loss, stats, *_ = dpo_loss_op(*logps.chunk(2), *run.halves, *rest[:7], False, False)
+    loss, stats, *_ = dpo_loss_op(*logps.chunk(2), *run.halves, denominators, *codes, False, False)
     d_hidden, d_weight, d_bias = sums.result()
     return loss, stats, logps, run.rows.put(d_hidden) if wants[0] else d_hidden, d_weight, d_bias
 
@@ -223,6 +239,7 @@ def linear_dpo_loss(
     logit_scale: float = 1.0,
     chunk_size: int | Chunking | None = None,  # tokens; chosen from the sizes unless given
     options: DPOOptions = DPOOptions(),  # noqa: B008, frozen
+    denominators: tuple[float, float] | Tensor | None = None,  # (2,) pairs and chosen tokens of a step, this a part
 ) -> tuple[Tensor, DPOStats, Tensor]:
     """(loss, stats, logps): what dpo_loss gives for the summed log-probabilities of these sequences, and those sums
     (2B,), detached.
@@ -247,10 +264,12 @@ def linear_dpo_loss(
         check.same_device("ref_logps", ref_logps, "hidden", hidden)
     dtype = compute_dtype(hidden, weight, ref_logps)
     ref = None if ref_logps is None else ref_logps.detach().to(dtype)
+    whole = check_denominators(denominators, options, hidden)
+    whole = None if whole is None else whole.to(dtype)
     scalar, temperatures = split_temperature(temperature, compute_dtype(hidden, weight))
     wants = [torch.is_grad_enabled() and x is not None and x.requires_grad for x in (hidden, weight, bias)]
     loss, stats, logps, *_ = call(
         linear_dpo_loss_op, hidden, weight, token_ids.contiguous(), bias, ref, prepare(mask), prepare(cu_seqlens),
-        temperatures, scalar, softcap, *options.codes(), *plan(hidden, weight, logit_scale, chunk_size), *wants,
+        temperatures, whole, scalar, softcap, *options.codes(), *plan(hidden, weight, logit_scale, chunk_size), *wants,
     )  # fmt: skip
     return loss, DPOStats(stats.detach()), logps.detach()
