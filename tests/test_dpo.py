@@ -189,7 +189,7 @@ def gradients(config: DPOConfig, fused=True) -> tuple[float, torch.Tensor]:
     for rows in whole_pairs(batch, config, policy.packed):
         loss, _ = loss_of_part(policy, batch.rows(rows), targets.rows(rows), config)
         loss.backward()
-        total += float(loss)
+        total += float(loss.detach())
     return total, torch.cat([p.grad.flatten() for p in policy.module.parameters()])
 
 

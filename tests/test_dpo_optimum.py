@@ -21,7 +21,7 @@ from rlhf.model import LanguageModel, load_language_model
 from rlhf.reference import completion_logps
 from rlhf.tokens import TokenExample
 
-WORDS, LONGEST, BETA, PAIRS = ("a", "b", "c"), 3, 0.5, 12_000
+WORDS, LONGEST, BETA, PAIRS = ("a", "b", "c"), 3, 1.0, 8_000
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -55,7 +55,7 @@ def test_dpo_reaches_the_known_optimum(tmp_path):
         beta=BETA,
         max_length=8,
         per_device_train_batch_size=256,
-        num_train_epochs=4.0,
+        num_train_epochs=3.0,
         learning_rate=5e-3,
         eval_fraction=0.0,
         device="cpu",
@@ -79,5 +79,5 @@ def test_dpo_reaches_the_known_optimum(tmp_path):
     def kl(p, q) -> float:
         return float((p.exp() * (p - q)).sum())
 
-    assert kl(reference, optimum) > 1.0
+    assert kl(reference, optimum) > 0.3
     assert kl(after, optimum) < 0.05, kl(after, optimum)
