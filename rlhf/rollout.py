@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -15,6 +16,7 @@ from rlhf.model import LanguageModel, ModelError
 from rlhf.types import PromptBatch, Rollout, pad_sequences
 
 CHECK = 8  # tokens between looks at which responses have ended
+ROOM = 64  # tokens by which keys and values of a cache grow
 
 
 @dataclass(frozen=True)
@@ -77,7 +79,7 @@ def _sample(
 ) -> Tensor:  # (B, new tokens)
     """Token by token over the model's own cache. Every CHECK tokens the host learns which rows have ended, and those
     leave the batch once they are a quarter of it: responses of different lengths cost what their tokens cost."""
-    from transformers import DynamicCache
+    from transformers import Cache
 
     count, width, device = *ids.shape, ids.device
     generator = torch.Generator(device).manual_seed(seed)
@@ -85,10 +87,10 @@ def _sample(
     new_ids = torch.full((count, sampling.max_new_tokens), model.pad_id, device=device)
     rows = torch.arange(count, device=device)  # which are still in the batch
     ended, finite = torch.zeros(count, dtype=torch.bool, device=device), torch.ones((), dtype=torch.bool, device=device)
-    cache = DynamicCache()
+    held = Cache(layer_class_to_replicate=growing_layer())
     inputs = prefill_inputs(ids, padding)
     for t in range(sampling.max_new_tokens):
-        output = model.module(**inputs, past_key_values=cache, use_cache=True, **only(model.module, 1))
+        output = model.module(**inputs, past_key_values=held, use_cache=True, **only(model.module, 1))
         uniform = torch.rand(count, 1, dtype=torch.float64, device=device, generator=generator)
         token, sound = draw(output.logits[:, -1], sampling.temperature, model.vocab_size, uniform[rows])
         finite &= sound
@@ -105,10 +107,37 @@ def _sample(
             if left <= 0.75 * len(rows):
                 kept = ended.int().argsort(stable=True)[:left]
                 rows, padding, token, ended = rows[kept], padding[kept], token[kept], ended[kept]
-                cache.batch_select_indices(kept)
+                held.batch_select_indices(kept)
         inputs = decode_inputs(token, padding, width + t)
     _check_finite(finite)
     return new_ids
+
+
+@cache
+def growing_layer() -> type:
+    """A layer of a cache with room for tokens to come; transformers' own copies all that it holds for each of them."""
+    from transformers.cache_utils import DynamicLayer
+
+    class GrowingLayer(DynamicLayer):
+        def update(self, keys: Tensor, values: Tensor, *_, **__) -> tuple[Tensor, Tensor]:  # (B, heads, new, D)
+            start = self.get_seq_length()
+            stop = start + keys.shape[2]
+            if not start:
+                self.lazy_initialization(keys, values)
+                self.held = [x[:, :, :0] for x in (keys, values)]
+            if stop > self.held[0].shape[2]:
+                self.held = [torch.cat([x[:, :, :start], x.new_empty(*y.shape[:2], stop - start + ROOM, y.shape[3])], 2)
+                             for x, y in zip(self.held, (keys, values))]  # fmt: skip
+            for held, new in zip(self.held, (keys, values)):
+                held[:, :, start:stop] = new
+            self.keys, self.values = (held[:, :, :stop] for held in self.held)
+            return self.keys, self.values
+
+        def batch_select_indices(self, indices: Tensor) -> None:
+            stop, self.held = self.get_seq_length(), [held[indices] for held in self.held]
+            self.keys, self.values = (held[:, :, :stop] for held in self.held)
+
+    return GrowingLayer
 
 
 def draw(
