@@ -77,6 +77,7 @@ class TokenExample:
     completions: list[list[int]]  # one; chosen and rejected; best first; or steps. With its EOS unless it was cut
     text: str
     columns: dict
+    where: str = ""  # file:line
 
 
 @dataclass(frozen=True)
@@ -325,7 +326,7 @@ def tokenize(rows: Iterable[tuple[str, dict]], reader: Reader, form: Form, max_l
             prompt, completions = fit(prompt, completions, max_length)
             notes["cut_prompts"] += len(prompt) < whole[0]
             notes["cut_completions"] += sum(map(len, completions)) < whole[1]
-            kept.append(TokenExample(prompt, completions, example.prompt, example.columns))
+            kept.append(TokenExample(prompt, completions, example.prompt, example.columns, example.where))
     return Dataset(kept, dict(notes))
 
 

@@ -24,9 +24,9 @@ from rlhf.data import Source, TokenExample, load, permutation
 from rlhf.demo import GOLD, GOLD_BETA, Judge, Measurement
 from rlhf.forward import response_hidden, token_logprobs
 from rlhf.model import LanguageModel, load_language_model
-from rlhf.reward_model import collate as collate_pairs
 from rlhf.sft import collate as collate_texts
 from rlhf.study_report import draw, markdown, show
+from rlhf.types import SequenceBatch, pad_sequences
 
 BETAS = (0.0, 0.05, 0.2, 0.4)  # reward per nat
 SWEEP_STEPS = 60  # at beta 0 gold is 1.7 after 10 and -3.4 after 40; at a rate of 1e-3 it fell from the third step on
@@ -294,6 +294,12 @@ def train_dpo(setup: Setup, beta: float) -> dict:
     after = setup.judge.measure(policy, SAMPLES, setup.config.seed, 3)
     accuracy = stats.as_dict()["accuracy"]
     return {"beta": beta, **figures(after), "accuracy": accuracy, "seconds": seconds, "curve": curve}
+
+
+def collate_pairs(pairs: list[TokenExample], model: LanguageModel) -> SequenceBatch:
+    """Rows i (chosen) and N+i (rejected)."""
+    chosen, rejected = zip(*(pair.completions for pair in pairs))
+    return pad_sequences([pair.prompt for pair in pairs] * 2, [*chosen, *rejected], model.pad_id).to(model.device)
 
 
 @torch.no_grad()
