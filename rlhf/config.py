@@ -24,6 +24,7 @@ from rlhf.config_base import (
 from rlhf.config_dpo import DPOConfig
 from rlhf.config_eval import EvalConfig
 from rlhf.config_ppo import PPOConfig
+from rlhf.config_reward import RewardConfig
 
 __all__ = [
     "ConfigError", "DPOConfig", "DemoConfig", "EnvConfig", "EvalConfig", "GenerateConfig", "InitConfig", "LoraFields",
@@ -58,27 +59,6 @@ class SFTConfig(TrainConfig, SupervisedFields, LoraFields, MemoryFields):
             raise ConfigError("eval_steps: expected eval_fraction > 0 beside it, which holds out the rows")
         if self.use_peft and self.optim == "adamw_bf16":
             raise ConfigError("optim: expected adamw with use_peft, whose adapters are float32")
-
-
-@dataclass(frozen=True, kw_only=True)
-class RewardConfig(TrainConfig):
-    max_length: int = 1024
-    """Tokens in a sequence: a prompt loses its head, a completion its tail."""
-    num_train_epochs: float = 1.0
-    """Passes over the pairs."""
-    center_rewards_coefficient: float = 0.0
-    """Weight of the squared sum of a pair's rewards, which keeps them near zero; 0.01 is usual."""
-    eval_fraction: float = 0.1
-    """Part of the pairs held out to measure accuracy, chosen by the seed."""
-    normalize_rewards: bool = True
-    """Keep mean and deviation of scores on the training data in config.json: scoring makes them 0 and 1."""
-
-    def __post_init__(self):
-        super().__post_init__()
-        require_each(self, "a number >= 2", lambda v: v >= 2, "max_length")
-        require_each(self, "a number > 0", lambda v: v > 0, "num_train_epochs")
-        require_each(self, "a number >= 0", lambda v: v >= 0, "center_rewards_coefficient")
-        require_each(self, "a number in [0, 1)", lambda v: 0 <= v < 1, "eval_fraction")
 
 
 @dataclass(frozen=True, kw_only=True)

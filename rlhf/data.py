@@ -5,11 +5,13 @@ The order is a function of (seed, epoch), so a run continues from one integer: h
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 import math
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from itertools import islice
 
 from rlhf.config import ConfigError
@@ -21,6 +23,7 @@ from rlhf.tokens import Reader, TokenExample, file_examples, token_examples
 from rlhf.types import PromptBatch
 
 SHUFFLED = 1024  # examples of a stream that are shuffled at a time
+Mapping = Callable[[TokenExample, Counter], TokenExample | None]  # of an example; it adds to the notes
 
 
 @dataclass(frozen=True)
@@ -52,13 +55,26 @@ class Dataset:
         count = len(self.examples)
         held = set(permutation(count, f"{seed}/eval")[: int(count * fraction)])
         places = [[i for i in range(count) if (i in held) == side] for side in (False, True)]
-        sides = [Examples(self.examples[i] for i in side) for side in places]
+        kind = Examples if isinstance(self.examples, Examples) else list  # of examples with more than these hold
+        sides = [kind(self.examples[i] for i in side) for side in places]
         parts, start = [], 0
         for size, taken in self._parts:
             kept = sum(i not in held for i in range(start, start + size))
             parts.append((kept, round(kept * taken / size)))
             start += size
         return Dataset(sides[0], self.notes, tuple(parts), self.reasons), Dataset(sides[1], {})
+
+    def mapped(self, function: Mapping) -> Dataset:
+        """What the function makes of each example; those that it makes nothing of are left out."""
+        found, parts, notes, start = [], [], Counter(self.notes), 0
+        for size, taken in self._parts:
+            kept = [e for example in self.examples[start : start + size] if (e := function(example, notes)) is not None]
+            parts.append((len(kept), round(len(kept) * taken / size)))
+            found += kept
+            start += size
+        if not found:
+            raise DataError(f"no usable row: {dict(notes)}")
+        return replace(self, examples=found, parts=tuple(parts), notes=dict(notes))
 
     def fingerprint(self) -> str:
         """Of all that training reads. Of a column that is no JSON the type counts: its repr may hold an address."""
@@ -75,10 +91,18 @@ class Stream:
 
     def __init__(self, source: Source, reader: Reader, form: Form, max_length: int):
         self.source, self.reader, self.form, self.longest_prompt = source, reader, form, max_length
+        self.function: Mapping = lambda example, notes: example
         self._begin()
         for name in source.names:  # refuses now, not in the middle of a run, what cannot be read at all
             next(self._endless(name))
         self._begin()
+
+    def mapped(self, function: Mapping) -> Stream:
+        """What the function makes of each example; those that it makes nothing of are left out."""
+        found = copy.copy(self)
+        found.function = function
+        found._begin()
+        return found
 
     def _begin(self) -> None:
         self.tally, self._number, self._block = Tally(self.source.on_bad_row), -1, []
@@ -120,8 +144,17 @@ class Stream:
 
     def _endless(self, name: str) -> Iterator[TokenExample]:
         while True:
+            empty = True
             for file in files_of(name):
-                yield from file_examples(file, self.source, self.reader, self.form, self.longest_prompt, self.tally)
+                for example in self._of_file(file):
+                    if (found := self.function(example, self.tally.notes)) is not None:
+                        empty = False
+                        yield found
+            if empty:
+                raise DataError(f"{name}: no usable row: {self.notes}")
+
+    def _of_file(self, file: str) -> Iterator[TokenExample]:
+        return file_examples(file, self.source, self.reader, self.form, self.longest_prompt, self.tally)
 
     def split(self, fraction: float, seed: int) -> tuple[Stream, Dataset]:
         if fraction:

@@ -26,10 +26,12 @@ from rlhf.config import EvalConfig, UsageError
 from rlhf.config_eval import NEEDS, Metric
 from rlhf.data import Dataset, load
 from rlhf.evaluation import in_batches, mean_parts, read_prompts, respond, response_kl, standard_error, wins
+from rlhf.forward import sequence_scores
 from rlhf.log import refuse_training_run, save_config, say, show_table
 from rlhf.model import (
     LanguageModel,
     ModelError,
+    Scorer,
     check_context,
     choose_device,
     frozen,
@@ -39,10 +41,10 @@ from rlhf.model import (
 )
 from rlhf.read import Source, Tally, read_rows
 from rlhf.reward import Reward, Shaping, load_rewards
-from rlhf.reward_model import score_pairs
 from rlhf.rollout import Sampling
 from rlhf.rows import Form
-from rlhf.sft import measure
+from rlhf.sft import collate, measure
+from rlhf.tokens import TokenExample
 
 Figures = dict[str, float]
 COLUMNS: dict[Metric, tuple[set[str], ...]] = {  # sets of columns, any of which a row must have
@@ -154,11 +156,25 @@ def of_reward(subject: Subject) -> Figures:
     for number, path in enumerate(config.reward_model_path, start=1):
         scorer = frozen(load_scorer(path, config), config)
         data = subject.rows(scorer, "preference")
-        margins = torch.sub(*score_pairs(scorer, data, config.per_device_eval_batch_size))
+        scores = scores_of(scorer, sides_of(data), config.budget)
+        margins = torch.sub(*scores.view(-1, 2).unbind(1))
         name = "" if number == 1 else f"model_{number}/"
         found |= with_error(f"{name}accuracy", (margins > 0).float()) | with_error(f"{name}margin", margins)
         found |= {f"{name}ties": int((margins == 0).sum()), f"{name}pairs": len(data)}
     return found
+
+
+def sides_of(data: Dataset) -> list[TokenExample]:
+    """chosen, rejected of the first pair, then of the next."""
+    return [replace(e, completions=[side]) for e in data.examples for side in e.completions]
+
+
+def scores_of(scorer: Scorer, examples: list[TokenExample], budget: tuple[int, int | None]) -> Tensor:  # (N,)
+    batch = collate(examples, scorer, completion_only=True)
+    scores = torch.zeros(len(batch))
+    for rows in batch.micro_batches(*budget, scorer.packed):
+        scores[rows] = sequence_scores(scorer, batch.rows(rows)).cpu()
+    return scores
 
 
 def of_preference(subject: Subject) -> Figures:
@@ -169,7 +185,7 @@ def of_preference(subject: Subject) -> Figures:
         path = config.ref_model_name_or_path
         raise ModelError(f"ref_model_name_or_path: {path} has another vocabulary than the model: leave it out")
     data = subject.rows(policy, "preference")
-    sides = [replace(e, completions=[side]) for e in data.examples for side in e.completions]
+    sides = sides_of(data)
     ours = measure(policy, sides, config.budget, completion_only=True, hits=False)
     ratios = -ours.losses
     if reference:

@@ -110,13 +110,26 @@ def sequence_scores(model: Scorer, batch: SequenceBatch) -> Tensor:  # (B,), at 
 
 
 def token_scores(model: Scorer, batch: SequenceBatch) -> Tensor:  # (N,) float32
-    """The head at every token, less the configuration's reward_mean, over its reward_std. The head runs in float32."""
+    """The one reward at every token: of a model with several objectives, the weighted sum of their scores."""
+    scores, weights = objective_scores(model, batch), getattr(model.module.config, "objective_weights", None)
+    return sum(w * score for w, score in zip(weights, scores.unbind(1))) if weights else scores[:, 0]
+
+
+def objective_scores(model: Scorer, batch: SequenceBatch) -> Tensor:  # (N, heads) float32
+    """Each head at every token, less the configuration's reward_mean, over its reward_std. Heads run in float32."""
     with model.autocast():
         hidden = model.module.base_model(**_inputs(model, batch, model.module.base_model)).last_hidden_state
-    config, head = model.module.config, model.module.score
+    head = model.module.score
     hidden = _counted(model, hidden, batch).float()
     raw = linear(hidden, head.weight.float(), None if head.bias is None else head.bias.float())
-    return (raw[:, 0] - getattr(config, "reward_mean", 0.0)) / getattr(config, "reward_std", 1.0)
+    means, deviations = (_of_heads(model, *named) for named in (("reward_mean", 0.0), ("reward_std", 1.0)))
+    return torch.stack([(r - mean) / std for r, mean, std in zip(raw.unbind(1), means, deviations)], 1)
+
+
+def _of_heads(model: Scorer, name: str, default: float) -> list[float]:
+    """A number a head; the configuration of a model with one head has the number itself."""
+    value = getattr(model.module.config, name, default)
+    return value if isinstance(value, list) else [value] * model.module.score.out_features
 
 
 def _inputs(model: LanguageModel | Scorer, batch: SequenceBatch, module: nn.Module | None = None) -> dict:

@@ -142,7 +142,9 @@ def with_value_adapters(base: Scorer, config: PPOConfig) -> Scorer:
     """Adapters below a head of its own, in float32 and trained."""
     value = with_adapters(base, config)
     head = base.module.score
-    value.module.score = nn.Linear(head.in_features, 1, bias=head.bias is not None, device=head.weight.device)
+    value.module.score = nn.Linear(
+        head.in_features, head.out_features, bias=head.bias is not None, device=head.weight.device
+    )
     with torch.no_grad():
         for ours, theirs in zip(value.module.score.parameters(), head.parameters()):
             ours.copy_(theirs)

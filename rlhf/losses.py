@@ -10,12 +10,14 @@ from torch.nn.functional import logsigmoid
 
 import rlhf_kernels
 from rlhf.advantages import full_kl
+from rlhf.comparisons import ComparisonBatch
 from rlhf.config import PPOConfig
 from rlhf.forward import response_hidden, token_logprobs, token_values
 from rlhf.layout import Models
 from rlhf.model import LanguageModel, ValueHead
 from rlhf.types import Experience, SequenceBatch
 
+COMPARISON_STATS = ("chosen", "rejected", "margins", "accuracies")
 NO_CLIP = 1e30  # a bound on the ratio that no float32 ratio of use reaches
 
 
@@ -33,17 +35,22 @@ def supervised_loss(policy: LanguageModel, batch: SequenceBatch, rows: Tensor) -
     return completion_loss(logprobs, int(batch.counted_lengths.sum()))
 
 
-def preference_loss(
-    scores: Tensor,  # (2B,) chosen first, pair i is i and B+i
-    pairs: int,  # in the whole step
+def comparison_loss(
+    scores: Tensor,  # (M, heads)
+    batch: ComparisonBatch,
+    total: float,  # sum of the weights in the whole step
     center: float = 0.0,
-) -> tuple[Tensor, dict[str, Tensor]]:  # (), sums over the pairs
-    """Bradley-Terry: the mean of -log sigmoid(chosen - rejected), plus center * (chosen + rejected)^2."""
-    chosen, rejected = scores.chunk(2)
-    margins = chosen - rejected
-    loss = (-logsigmoid(margins) + center * (chosen + rejected) ** 2).sum() / pairs
-    stats = {"chosen": chosen, "rejected": rejected, "margins": margins, "accuracies": (margins > 0).float()}
-    return loss, {name: value.detach().sum() for name, value in stats.items()}
+    smoothing: float = 0.0,
+) -> tuple[Tensor, Tensor]:  # (), (4,) weighted sums of COMPARISON_STATS
+    """Bradley-Terry: the weighted mean of -log sigmoid(m), m = better - worse - margin, plus center * (better +
+    worse)^2. Smoothed it is -(1-e) log sigmoid(m) - e log sigmoid(-m), as in cDPO."""
+    known = torch.cat([scores.flatten(), scores.new_zeros(1)])
+    better, worse = known.index_select(0, batch.better), known.index_select(0, batch.worse)
+    apart = better - worse - batch.margins
+    likelihood = (1 - smoothing) * logsigmoid(apart) + smoothing * logsigmoid(-apart)
+    loss = (batch.weights * (center * (better + worse) ** 2 - likelihood)).sum() / total
+    stats = torch.stack([better, worse, better - worse, (better > worse).to(better.dtype)]).detach()
+    return loss, stats @ batch.weights
 
 
 def ppo_losses(

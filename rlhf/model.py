@@ -24,6 +24,7 @@ from rlhf import attention
 from rlhf.config import LoraFields, RunConfig, UsageError
 
 ADAPTER = "adapter_config.json"  # in a directory that holds LoRA adapters instead of a model
+SCORING = ("reward_mean", "reward_std", "objective_weights")  # what a reward model's config.json adds
 
 
 class ModelError(UsageError):
@@ -80,7 +81,13 @@ class LanguageModel(_Loaded):
 
 
 class Scorer(_Loaded):
-    """A sequence classifier with one label: a reward model, or a value model when read at every token."""
+    """A sequence classifier with a label for each objective, mostly one: a reward model, or a value model when read at
+    every token."""
+
+    @property
+    def objectives(self) -> list[str]:
+        """Names of several heads; of one, none."""
+        return _objectives(self.module.config)
 
 
 @dataclass(frozen=True)
@@ -122,15 +129,25 @@ def load_language_model(path: str, config: RunConfig) -> LanguageModel:
     return LanguageModel(module, tokenizer, *_special(module, tokenizer), dtype, reason)
 
 
-def load_scorer(path: str, config: RunConfig, head: Literal["keep", "random", "zero"] = "keep") -> Scorer:
-    """A sequence classifier. `keep` refuses a model without a head; `random` and `zero` give one to a language model:
-    N(0, 1/(H+1)) weights drawn from the seed (arXiv 2403.17031, detail 9), or zeros."""
+def load_scorer(
+    path: str,
+    config: RunConfig,
+    head: Literal["keep", "random", "zero"] = "keep",
+    objectives: list[str] | None = None,  # of a language model's new head; by default one without a name
+) -> Scorer:
+    """A sequence classifier, with the objectives that it was trained for. `keep` refuses a model without a head;
+    `random` and `zero` give one to a language model: N(0, 1/(H+1)) weights drawn from the seed (arXiv 2403.17031,
+    detail 9), or zeros."""
     from transformers import AutoModelForSequenceClassification
 
     device, dtype = choose_device(config)
     tokenizer = load_tokenizer(path)
+    names = _objectives(_saved_config(path))
+    if names and objectives is not None and objectives != names:
+        raise ModelError(f"objectives: expected those of {path}, {names}, got {objectives}")
+    names = names or objectives or []
     with torch.random.fork_rng():
-        module, missing = _load_module(AutoModelForSequenceClassification, path, config, num_labels=1)
+        module, missing = _load_module(AutoModelForSequenceClassification, path, config, num_labels=len(names) or 1)
     if not isinstance(getattr(module, "score", None), nn.Linear):
         raise ModelError(f"{path}: {type(module).__name__} has no linear `score` head: expected a decoder")
     _refuse_missing(path, {name for name in missing if not name.startswith("score.")})
@@ -141,7 +158,24 @@ def load_scorer(path: str, config: RunConfig, head: Literal["keep", "random", "z
     reason = _prepare(module, device, dtype, config)
     scorer = Scorer(module, tokenizer, *_special(module, tokenizer), dtype, reason)
     module.config.pad_token_id = scorer.pad_id  # transformers' own forward finds the last token by it
+    if names:
+        module.config.id2label = dict(enumerate(names))
+        module.config.label2id = {name: i for i, name in enumerate(names)}
+        module.config.objective_weights = getattr(module.config, "objective_weights", None) or [1.0] * len(names)
     return scorer
+
+
+def _saved_config(path: str):
+    """What config.json says; adapters alone may have none."""
+    from transformers import AutoConfig, PretrainedConfig
+
+    alone = (Path(path) / ADAPTER).is_file() and not (Path(path) / "config.json").is_file()
+    return PretrainedConfig() if alone else _load(AutoConfig.from_pretrained, path)
+
+
+def _objectives(config) -> list[str]:
+    named = getattr(config, "objective_weights", None)
+    return [config.id2label[i] for i in range(len(named))] if named else []
 
 
 def _prepare(module: nn.Module, device: torch.device, dtype: torch.dtype, config: RunConfig) -> str | None:
@@ -176,7 +210,11 @@ def shared_copy(module: nn.Module) -> nn.Module:
     return copy.deepcopy(module, kept)
 
 
-def with_adapters(model: LanguageModel | Scorer, config: LoraFields) -> LanguageModel | Scorer:
+def with_adapters(
+    model: LanguageModel | Scorer,
+    config: LoraFields,
+    trained: tuple[str, ...] = (),  # modules that are trained, and saved, whole
+) -> LanguageModel | Scorer:
     """The model with LoRA adapters over frozen weights, which it shares with `model` (arXiv 2106.09685)."""
     module = shared_copy(model.module.requires_grad_(False))
     settings = peft().LoraConfig(
@@ -184,6 +222,7 @@ def with_adapters(model: LanguageModel | Scorer, config: LoraFields) -> Language
         lora_alpha=config.lora_alpha,
         lora_dropout=0.0,
         target_modules=config.lora_target_modules or "all-linear",
+        modules_to_save=list(trained) or None,
         base_model_name_or_path=model.module.name_or_path,
         task_type="CAUSAL_LM" if isinstance(model, LanguageModel) else "SEQ_CLS",
     )
@@ -242,6 +281,8 @@ def save(model: LanguageModel | Scorer, path: Path) -> None:
             pad_token_id=model.pad_id,
         )
     model.module.save_pretrained(path)
+    if isinstance(model, Scorer):  # beside adapters, too: the normalisation of scores stands there
+        model.module.config.save_pretrained(path)
     model.tokenizer.save_pretrained(path)
 
 
@@ -290,9 +331,14 @@ def _load_module(auto_class, path: str, config: RunConfig, **options) -> tuple[n
         base = json.loads(adapter.read_text(encoding="utf-8"))["base_model_name_or_path"]
         _check_directory(base)
         module, missing = _load_module(auto_class, base, config, **options)
+        settings = _load(peft().PeftConfig.from_pretrained, path)
+        whole = tuple(f"{name}." for name in settings.modules_to_save or ())
+        missing = {name for name in missing if not name.startswith(whole)}
+        for name in SCORING:
+            if hasattr(saved := _saved_config(path), name):
+                setattr(module.config, name, getattr(saved, name))
         if dry:
             return module, missing
-        settings = _load(peft().PeftConfig.from_pretrained, path)
         settings.task_type = None  # of a policy's adapters it would refuse the scorer that is begun from them
         module = _load(peft().PeftModel.from_pretrained, path, model=module, config=settings).merge_and_unload()
         module.name_or_path = path

@@ -24,14 +24,14 @@ class Examples(Sequence[TokenExample]):
         self.tokens = array("i")
         self.ends = array("q")  # of each prompt and completion, in tokens
         self.lasts = array("q")  # of each example, in ends
-        self.others: list[list] = []  # of each example: text, columns, and 0 or 1 a token that counts, or None
+        self.others: list[list] = []  # of each example: text, columns, 0 or 1 a token that counts, or None, and where
         for example in examples:
             for ids in (example.prompt, *example.completions):
                 self.tokens.extend(ids)
                 self.ends.append(len(self.tokens))
             self.lasts.append(len(self.ends))
             counted = None if example.counted is None else "".join("01"[counts] for counts in example.counted)
-            self.others.append([example.text, example.columns, counted])
+            self.others.append([example.text, example.columns, counted, example.where])
 
     def __len__(self) -> int:
         return len(self.others)
@@ -43,8 +43,8 @@ class Examples(Sequence[TokenExample]):
         first, last = self.lasts[index - 1] if index else 0, self.lasts[index]
         starts = [self.ends[first - 1] if first else 0, *self.ends[first:last]]
         prompt, *completions = [self.tokens[start:stop].tolist() for start, stop in pairwise(starts)]
-        text, columns, counted = self.others[index]
-        return TokenExample(prompt, completions, text, columns, counted and [mark == "1" for mark in counted])
+        text, columns, counted, where = self.others[index]
+        return TokenExample(prompt, completions, text, columns, counted and [mark == "1" for mark in counted], where)
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Examples) and vars(self) == vars(other)

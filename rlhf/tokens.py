@@ -30,6 +30,7 @@ class TokenExample:
     text: str
     columns: dict
     counted: list[bool] | None = None  # which tokens of the one completion count; None: all
+    where: str = ""  # file:line
 
 
 def file_examples(
@@ -106,7 +107,7 @@ def _cut(example: Example, tokens: TokenExample, form: Form, max_length: int, no
         if len(kept) < len(completions):
             columns = columns | {"labels": columns["labels"][: len(kept)]}
         counted = tokens.counted and tokens.counted[: len(kept[0])]
-        yield TokenExample(kept_prompt, kept, tokens.text, columns, counted)
+        yield TokenExample(kept_prompt, kept, tokens.text, columns, counted, tokens.where)
 
 
 def fit(prompt: list[int], completions: list[list[int]], max_length: int) -> tuple[list[int], list[list[int]]]:
@@ -148,7 +149,7 @@ def _encode(examples: list[Example], reader: Reader) -> Iterator[tuple[Example, 
         else:
             prompt = next(beginnings) or [_start_id(reader, example.where)]
             completions = [_ended(next(answers), reader) for _ in example.completions]
-            yield example, TokenExample(prompt, completions, example.prompt, example.columns)
+            yield example, TokenExample(prompt, completions, example.prompt, example.columns, where=example.where)
 
 
 def _token_ids(tokenizer, texts: list[str], special: bool) -> list[list[int]]:
@@ -185,7 +186,7 @@ def _encode_dialogues(examples: list[Example], reader: Reader) -> Iterator[Token
             answer = _ended(answer, reader)
             counted = [*counted, True][: len(answer)]
         prompt = ids[:first] or [_start_id(reader, example.where)]
-        yield TokenExample(prompt, [answer], example.prompt, example.columns, counted)
+        yield TokenExample(prompt, [answer], example.prompt, example.columns, counted, example.where)
 
 
 def _ended(ids: list[int], reader: Reader) -> list[int]:
