@@ -18,6 +18,7 @@ from types import SimpleNamespace
 import numpy
 import pytest
 import torch
+from tiny_models import sentence, write_jsonl
 from torch import nn
 
 from rlhf import ppo, reward_model, sft
@@ -27,7 +28,8 @@ from rlhf.log import write_samples
 from rlhf.losses import completion_loss
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-TRAINERS = {"sft": sft, "reward": reward_model, "ppo": ppo}
+MODES = ("reward-ranking", "reward-objectives", "reward-process", "reward-lora")
+TRAINERS = {"sft": sft, "reward": reward_model, "ppo": ppo} | dict.fromkeys(MODES, reward_model)
 
 
 @pytest.fixture
@@ -38,18 +40,42 @@ def configs(tiny_model, tiny_reward_model, corpus, pairs, tmp_path) -> dict:
     rates = {"learning_rate": 3e-3, "weight_decay": 0.01}
     rollouts = {"response_length": 6, "max_prompt_length": 8, "num_mini_batches": 2, "num_ppo_epochs": 2}
     rewards = {"reward_model_path": tiny_reward_model, "reward": ["rewards_for_tests:noisy"], "kl_target": 1.0}
+    judged = {name: judged_rows(tmp_path / f"{name}.jsonl", name) for name in ("ranking", "objectives", "process")}
+    held = {"max_length": 24, "eval_fraction": 0.25, "eval_steps": 3}
+    steps = {"reward_type": "process", "step_separator": "and"}
     return {
         "sft": SFTConfig(**common, **rates, dataset_name=corpus, max_length=16),
         "reward": RewardConfig(**common, **rates, dataset_name=pairs, max_length=16),
+        "reward-ranking": RewardConfig(
+            **common, **rates, **held, dataset_name=judged["ranking"], micro_batch_tokens=40, label_smoothing=0.1
+        ),
+        "reward-objectives": RewardConfig(
+            **common, **rates, **held, dataset_name=judged["objectives"], objectives=["kind", "long"]
+        ),
+        "reward-process": RewardConfig(**common, **rates, **held, **steps, dataset_name=judged["process"]),
+        "reward-lora": RewardConfig(**common, **rates, **held, dataset_name=pairs, use_peft=True, lora_r=4),
         "ppo": PPOConfig(**common, **rates, **rollouts, **rewards, dataset_name=corpus, sample_steps=2),
     }
 
 
-def outcome(folder: Path) -> tuple[bytes, bytes, list[dict]]:
-    """The final weights and configuration, and every metric that is not a measurement of time or memory."""
+def judged_rows(path: Path, kind: str) -> str:
+    def row(i: int) -> dict:
+        words = [f" was {word}" for word in ("great", "fine", "dull")[: 2 + i % 2]]
+        return {
+            "ranking": {"ranking": words},
+            "objectives": {"chosen": words[0], "rejected": words[1], "objective": {"kind": 1, "long": (-1) ** i}},
+            "process": {"completions": words, "labels": [True, i % 3 > 0, False][: len(words)]},
+        }[kind]
+
+    return write_jsonl(path, [{"prompt": sentence(i), **row(i)} for i in range(24)])
+
+
+def outcome(folder: Path) -> tuple[list[bytes], list[dict]]:
+    """The final weights and configuration, the report, and every metric that is not a measurement of time or memory."""
     measured = ("timing/", "memory/", "tokens_per_second")
     rows = [{name: row[name] for name in row if not name.startswith(measured)} for row in metrics_of(folder)]
-    return *((folder / "final" / name).read_bytes() for name in ("model.safetensors", "config.json")), rows
+    files = [*sorted(folder.glob("final/*.safetensors")), folder / "final" / "config.json"]
+    return [path.read_bytes() for path in [*files, *folder.glob("report.json")]], rows
 
 
 def metrics_of(folder: Path) -> list[dict]:
@@ -94,7 +120,7 @@ def test_killed_runs_continue_to_the_same_bytes(configs, tmp_path):
         for kind, config in configs.items():
             if os.fork() == 0:
                 kill = lambda step, *_: os.kill(os.getpid(), signal.SIGKILL) if step == 5 else None
-                {"sft": sft, "reward": reward_model, "ppo": ppo}[kind].train(config, on_step=kill)
+                {"sft": sft, "reward": reward_model, "ppo": ppo}[kind.split("-")[0]].train(config, on_step=kill)
             assert os.waitstatus_to_exitcode(os.wait()[1]) == -signal.SIGKILL, kind
     """
     import pickle

@@ -12,9 +12,9 @@ NATIVE = (".cpp", ".cu", ".h", ".cuh")
 
 # Each file of the trainer imports only from files above it.
 TRAINER = (
-    "config_base", "config_ppo", "config_reward", "config", "types", "data", "attention", "model", "forward", "rollout", "reward",
-    "optim", "checkpoint", "track", "log", "layout", "advantages", "comparisons", "losses", "evaluation", "watch", "sft",
-    "bag_of_words", "reward_report", "reward_model", "ppo",
+    "config_base", "config_ppo", "config_reward", "config", "types", "data", "attention", "model", "forward", "rollout",
+    "reward", "optim", "checkpoint", "track", "log", "layout", "advantages", "comparisons", "losses", "evaluation",
+    "watch", "sft", "bag_of_words", "reward_report", "reward_model", "ppo",
     "memory", "init", "generate", "env", "task", "demo", "study_report", "study", "cli", "__main__",
 )  # fmt: skip
 
