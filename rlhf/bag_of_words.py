@@ -73,7 +73,8 @@ def fit(learnt: list[Difference], vocabulary: dict[str, int], l2: float) -> Tens
     """The penalised optimum, which is one point: nothing is drawn at random."""
     weight, bags = torch.zeros(len(vocabulary), 1, dtype=torch.float64, requires_grad=True), _bags(learnt, vocabulary)
     share = torch.tensor([d.weight for d in learnt], dtype=torch.float64)
-    optimizer = torch.optim.LBFGS([weight], max_iter=100, line_search_fn="strong_wolfe")
+    precise = {"tolerance_grad": 1e-7, "tolerance_change": 1e-12, "line_search_fn": "strong_wolfe"}
+    optimizer = torch.optim.LBFGS([weight], max_iter=200, **precise)
 
     def objective() -> Tensor:
         optimizer.zero_grad()

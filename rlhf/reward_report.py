@@ -213,7 +213,7 @@ def _lengths(rows: list[Judged], margins: Margins, lengths: list[Tensor]) -> dic
 
 
 def _sides(rows: list[Judged], rewards: list[Tensor]) -> dict[str, dict]:
-    """Histograms of both sides of the comparisons, of rows with one objective's order."""
+    """Histograms of the one reward on both sides of the comparisons."""
     sides = {"better": [], "worse": []}
     for row, reward in zip(rows, rewards):
         for c in row.comparisons:
@@ -239,10 +239,10 @@ def write(folder: Path, state: dict) -> None:
     """report.json, and report.png where matplotlib is installed."""
     if not (report := state.get("report")):
         return
-    names = ("loss", "rewards/accuracies", "eval/accuracy", "eval/accuracy_se")
+    names = ("step", "loss", "rewards/accuracies", "eval/loss", "eval/accuracy", "eval/accuracy_se")
     lines = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     steps = [json.loads(line) for line in lines]
-    report = report | {"curve": [{name: s[name] for name in ("step", *names) if name in s} for s in steps]}
+    report = report | {"curve": [{name: s[name] for name in names if name in s} for s in steps]}
     (folder / "report.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     say(f"held out: {summary(report)}")
     if importlib.util.find_spec("matplotlib"):
@@ -344,10 +344,10 @@ def _draw_reliability(panel, report: dict) -> None:
         panel.annotate(
             f"{found['weight']:.0f}", (a, b + e), (0, 4), textcoords="offset points", ha="center", fontsize=8
         )
-    panel.set(xlim=(0.48, 1.02), ylim=(min(0.3, *(b - e for b, e in zip(y, error))), 1.12))
+    panel.set(xlim=(0.48, 1.02), ylim=(min(0.3, *(b - e for b, e in zip(y, error))), 1.28))
     panel.set(xlabel="confidence, sigmoid of |difference|", ylabel="accuracy")
     panel.set_title(f"Calibration: expected error {report['ece']:.3f}")
-    panel.legend(fontsize=8, loc="lower right")
+    panel.legend(fontsize=8, loc="upper left")
 
 
 def _draw_histogram(panel, histogram: dict, labels: tuple[str, str]) -> None:

@@ -19,6 +19,7 @@ from types import SimpleNamespace
 import numpy
 import pytest
 import torch
+from tiny_models import sentence, write_jsonl
 from torch import nn
 
 from rlhf import dpo, ppo, reward_model, sft
@@ -28,7 +29,9 @@ from rlhf.log import write_samples
 from rlhf.losses import completion_loss
 
 pytestmark = pytest.mark.usefixtures("one_thread")
+MODES = ("reward-ranking", "reward-objectives", "reward-process", "reward-lora")
 TRAINERS = {"sft": sft, "sft_lora": sft, "reward": reward_model, "dpo": dpo, "kto": dpo, "ppo": ppo}
+TRAINERS |= dict.fromkeys(MODES, reward_model)
 
 
 @pytest.fixture
@@ -41,24 +44,48 @@ def configs(tiny_model, tiny_reward_model, chat_model, corpus, dialogues, pairs,
     adapters |= {"dataset_name": dialogues, "assistant_only_loss": True, "micro_batch_tokens": 20}
     rollouts = {"response_length": 6, "max_prompt_length": 8, "num_mini_batches": 2, "num_ppo_epochs": 2}
     rewards = {"reward_model_path": tiny_reward_model, "reward": ["rewards_for_tests:noisy"], "kl_target": 1.0}
+    judged = {name: judged_rows(tmp_path / f"{name}.jsonl", name) for name in ("ranking", "objectives", "process")}
+    held = {"max_length": 24, "eval_fraction": 0.25, "eval_steps": 3}
+    steps = {"reward_type": "process", "step_separator": "and"}
     return {
         "sft": SFTConfig(**common, **rates, dataset_name=corpus, max_length=16),
         "sft_lora": SFTConfig(**common | {"model_name_or_path": chat_model}, **rates, **adapters, max_length=16),
         "reward": RewardConfig(**common, **rates, dataset_name=pairs, max_length=16),
         "dpo": DPOConfig(**common, **rates, dataset_name=pairs, max_length=16),
         "kto": DPOConfig(**common, **rates, dataset_name=labelled, max_length=16, loss_type="kto"),
+        "reward-ranking": RewardConfig(
+            **common, **rates, **held, dataset_name=judged["ranking"], micro_batch_tokens=40, label_smoothing=0.1
+        ),
+        "reward-objectives": RewardConfig(
+            **common, **rates, **held, dataset_name=judged["objectives"], objectives=["kind", "long"]
+        ),
+        "reward-process": RewardConfig(**common, **rates, **held, **steps, dataset_name=judged["process"]),
+        "reward-lora": RewardConfig(**common, **rates, **held, dataset_name=pairs, use_peft=True, lora_r=4),
         "ppo": PPOConfig(**common, **rates, **rollouts, **rewards, dataset_name=corpus, sample_steps=2),
     }
 
 
-def outcome(folder: Path) -> tuple[bytes, bytes, list[dict]]:
-    """The final weights or adapters, their configuration, and every metric that measures neither time nor memory."""
+def judged_rows(path: Path, kind: str) -> str:
+    def row(i: int) -> dict:
+        words = [f" was {word}" for word in ("great", "fine", "dull")[: 2 + i % 2]]
+        return {
+            "ranking": {"ranking": words},
+            "objectives": {"chosen": words[0], "rejected": words[1], "objective": {"kind": 1, "long": (-1) ** i}},
+            "process": {"completions": words, "labels": [True, i % 3 > 0, False][: len(words)]},
+        }[kind]
+
+    return write_jsonl(path, [{"prompt": sentence(i), **row(i)} for i in range(24)])
+
+
+def outcome(folder: Path) -> tuple[list[bytes], list[dict]]:
+    """The final weights or adapters, their configuration, a report, and every metric that measures neither time nor
+    memory."""
     measured = ("timing/", "memory/", "tokens_per_second")
     rows = [{name: row[name] for name in row if not name.startswith(measured)} for row in metrics_of(folder)]
     names = {"model.safetensors", "config.json", "adapter_model.safetensors", "adapter_config.json"}
-    final = [path.read_bytes() for path in sorted((folder / "final").iterdir()) if path.name in names]
-    assert len(final) == 2
-    return *final, rows
+    final = [path for path in sorted((folder / "final").iterdir()) if path.name in names]
+    assert len(final) >= 2
+    return [path.read_bytes() for path in [*final, *folder.glob("report.json")]], rows
 
 
 def metrics_of(folder: Path) -> list[dict]:
@@ -103,7 +130,7 @@ def test_dialogues_adapters_and_evaluations_go_on_from_any_step(configs, tmp_pat
         sft.train(replace(config, save_steps=0), on_step=interrupt_at(step, terminate))
     sft.train(replace(config, resume="auto"))
     whole = outcome(tmp_path / "whole")
-    assert outcome(tmp_path / "run") == whole and ["eval/loss" in row for row in whole[2]] == [False, True] * 3
+    assert outcome(tmp_path / "run") == whole and ["eval/loss" in row for row in whole[1]] == [False, True] * 3
 
 
 def test_killed_runs_continue_to_the_same_bytes(configs, tmp_path):
@@ -118,7 +145,7 @@ def test_killed_runs_continue_to_the_same_bytes(configs, tmp_path):
             if os.fork() == 0:
                 kill = lambda step, *_: os.kill(os.getpid(), signal.SIGKILL) if step == 5 else None
                 trainers = {"sft": sft, "sft_lora": sft, "reward": reward_model, "dpo": dpo, "kto": dpo, "ppo": ppo}
-                trainers[kind].train(config, on_step=kill)
+                trainers[kind if kind in trainers else "reward"].train(config, on_step=kill)
             assert os.waitstatus_to_exitcode(os.wait()[1]) == -signal.SIGKILL, kind
     """
     import pickle
