@@ -5,7 +5,7 @@ from __future__ import annotations
 from bisect import bisect_left, bisect_right
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import chain, islice
 
 from rlhf.read import DataError, Source, Tally, kind_of, read_rows, read_text
@@ -30,7 +30,7 @@ class TokenExample:
     text: str
     columns: dict
     counted: list[bool] | None = None  # which tokens of the one completion count; None: all
-    where: str = ""  # file:line
+    where: str = field(default="", compare=False)  # file:line
 
 
 def file_examples(
@@ -97,17 +97,11 @@ def _cut(example: Example, tokens: TokenExample, form: Form, max_length: int, no
     elif form in ("preference", "ranking") and all(c == completions[0] for c in completions[1:]):
         notes["dropped_identical"] += 1
     else:
-        kept_prompt, kept = (fit_steps if form == "steps" else fit)(prompt, completions, max_length)
+        kept_prompt, kept = fit(prompt, completions, max_length)
         notes["cut_prompts"] += len(kept_prompt) < len(prompt)
         notes["cut_completions"] += sum(map(len, kept)) < sum(map(len, completions))
-        if form == "steps" and not kept:
-            notes["dropped_long"] += 1
-            return
-        columns = tokens.columns
-        if len(kept) < len(completions):
-            columns = columns | {"labels": columns["labels"][: len(kept)]}
         counted = tokens.counted and tokens.counted[: len(kept[0])]
-        yield TokenExample(kept_prompt, kept, tokens.text, columns, counted, tokens.where)
+        yield TokenExample(kept_prompt, kept, tokens.text, tokens.columns, counted, tokens.where)
 
 
 def fit(prompt: list[int], completions: list[list[int]], max_length: int) -> tuple[list[int], list[list[int]]]:
@@ -115,16 +109,6 @@ def fit(prompt: list[int], completions: list[list[int]], max_length: int) -> tup
     room = max(max_length - len(prompt), max_length // 2)
     completions = [c[:room] for c in completions]
     return prompt[-(max_length - max(map(len, completions), default=0)) :], completions
-
-
-def fit_steps(prompt: list[int], steps: list[list[int]], max_length: int) -> tuple[list[int], list[list[int]]]:
-    """All within max_length together, in the same way, but a step stays whole or goes: its label is about its end."""
-    room, kept, total = max(max_length - len(prompt), max_length // 2), [], 0
-    for step in steps:
-        if (total := total + len(step)) > room:
-            break
-        kept.append(step)
-    return prompt[-(max_length - sum(map(len, kept))) :], kept
 
 
 def _encode(examples: list[Example], reader: Reader) -> Iterator[tuple[Example, TokenExample]]:

@@ -9,7 +9,7 @@ from rlhf.data import Dataset, load, tokenize
 from rlhf.model import load_tokenizer
 from rlhf.read import Source, read_rows
 from rlhf.rows import parse
-from rlhf.tokens import Reader, fit, fit_steps
+from rlhf.tokens import Reader, fit
 
 TURNS = [{"role": "user", "content": "the film"}, {"role": "assistant", "content": "was very good"}]
 TEMPLATE = (
@@ -90,25 +90,11 @@ def test_rankings_are_cut_one_by_one(reader):
     assert data.notes == {"rows": 1, "cut_prompts": 0, "cut_completions": 1}
 
 
-def test_steps_are_cut_whole_and_their_labels_with_them(reader):
-    steps, labels = [" was very", " good", " and dull"], [True, True, False]
-    whole = read(reader, "steps", 32, prompt="the film", completions=steps, labels=labels).examples[0]
-    lengths = [len(step) for step in whole.completions]
-    data = read(reader, "steps", 2 + lengths[0] + lengths[1] + 1, prompt="the film", completions=steps, labels=labels)
-    (cut,) = data.examples
-    assert cut.completions == whole.completions[:2] and cut.columns == {"labels": [True, True]}
-    assert data.notes == {"rows": 1, "cut_prompts": 0, "cut_completions": 1}
-    none = read(reader, "steps", 4, prompt="the film", completions=steps, labels=labels)
-    assert len(none) == 0 and none.notes["dropped_long"] == 1
-
-
 def test_a_long_prompt_loses_its_head_and_a_completion_its_tail():
     assert fit([1, 2, 3, 4], [[5, 6]], 5) == ([2, 3, 4], [[5, 6]])
     assert fit([1, 2, 3, 4], [[5, 6, 7, 8, 9]], 6) == ([2, 3, 4], [[5, 6, 7]])
     assert fit([1], [[5, 6, 7, 8, 9], [5]], 4) == ([1], [[5, 6, 7], [5]])
     assert fit([1, 2, 3], [], 2) == ([2, 3], [])
-    assert fit_steps([1, 2, 3, 4], [[5, 6], [7]], 6) == ([2, 3, 4], [[5, 6], [7]])
-    assert fit_steps([1, 2], [[5, 6], [7, 8]], 5) == ([1, 2], [[5, 6]])
 
 
 @pytest.mark.skipif(not SHARED_DATA.exists(), reason="the real data are not here")
