@@ -22,7 +22,7 @@ from rlhf.config import ConfigError, TrainingDiverged, UsageError
 COMMANDS = {  # name: what it does, its configuration, what runs it
     "init": ("train a tokenizer on a corpus and build a model from a configuration", "InitConfig", "rlhf.init:init"),
     "sft": ("fine-tune on text, prompt and completion, or messages", "SFTConfig", "rlhf.sft:train"),
-    "reward": ("train a reward model on comparisons", "RewardConfig", "rlhf.reward_model:train"),
+    "reward": ("train a reward model on pairs, rankings or judged steps", "RewardConfig", "rlhf.reward_model:train"),
     "dpo": ("optimise a policy on preferences, without a reward model", "DPOConfig", "rlhf.dpo:train"),
     "ppo": ("optimise a policy against reward models and reward functions", "PPOConfig", "rlhf.ppo:train"),
     "generate": ("sample from a model", "GenerateConfig", "rlhf.generate:main"),

@@ -137,7 +137,8 @@ def test_killed_runs_continue_to_the_same_bytes(configs, tmp_path):
     """SIGKILL in the middle of the fifth step's reporting: metrics of step 5 are there, the checkpoint is of step 4."""
     code = """
         import os, pickle, signal, sys
-        import torch
+        import matplotlib.figure, peft, torch
+        from transformers import LlamaForCausalLM, PreTrainedTokenizerFast  # once, before the forks
         from rlhf import dpo, ppo, reward_model, sft
         torch.set_num_threads(1)
         configs = pickle.load(sys.stdin.buffer)
