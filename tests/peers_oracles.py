@@ -9,11 +9,12 @@ import traceback
 import warnings
 
 import peers_preferences
+import peers_reward
 import peers_tokens
 import torch
 from peers_compare import CASES
 
-__all__ = ["CASES", "peers_preferences", "peers_tokens"]  # the two register their cases
+__all__ = ["CASES", "peers_preferences", "peers_reward", "peers_tokens"]  # the three register their cases
 
 
 def run(name: str) -> dict:
