@@ -314,10 +314,11 @@ def _draw_shares(panel, report: dict) -> None:
             ("prefers longer:\nmodel", "longer_preferred_by_model", "#E69F00"),
             ("prefers longer:\njudges", "longer_preferred_by_judges", "#F0E442"),
         ]
+    boxed = {"bbox": {"facecolor": "white", "edgecolor": "none", "pad": 1}, "zorder": 3}
     for at, (_, name, color) in enumerate(bars):
         value, error = report[name], report[f"{name}_se"]
         panel.bar(at, value, yerr=error, color=color, width=0.6, capsize=5, edgecolor="0.3")
-        panel.text(at, value + error + 0.02, f"{value:.3f} ± {error:.3f}", ha="center", fontsize=9)
+        panel.text(at, value + error + 0.02, f"{value:.3f} ± {error:.3f}", ha="center", fontsize=9, **boxed)
     panel.axhline(0.5, color="0.4", linestyle=":")
     panel.set(ylim=(0, 1.12), ylabel="share of comparisons", title="Accuracy and preference for length")
     panel.set_xticks(range(len(bars)), [label for label, *_ in bars])
