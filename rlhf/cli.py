@@ -6,7 +6,7 @@ import ast
 import difflib
 import importlib
 import inspect
-import json
+import math
 import os
 import re
 import sys
@@ -30,6 +30,7 @@ COMMANDS = {  # name: what it does, its configuration, what runs it
     "demo": ("run the whole pipeline on a task with a known gold reward", "DemoConfig", "rlhf.study:main"),
     "env": ("print versions, devices and kernels, for a bug report", "EnvConfig", "rlhf.env:main"),
 }
+NULL = "tag:yaml.org,2002:null"
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -107,21 +108,20 @@ def field_help(cls: type) -> dict[str, str]:
 
 
 def read_yaml(path: str, cls: type) -> str:
-    """The file's text, one value of a list as a list of one. Refuses what the parser takes silently or without a hint:
-    duplicate keys, unknown keys, no mapping at all."""
+    """The file's fields, one value of a list as a list of one. Refuses what the parser takes silently or without a
+    hint: duplicate keys, unknown keys, no mapping at all."""
     import yaml
 
     try:
-        text = Path(path).read_text(encoding="utf-8")
-        node = yaml.compose(text, Loader=yaml.SafeLoader)
+        node = yaml.compose(Path(path).read_text(encoding="utf-8"), Loader=yaml.SafeLoader)
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: cannot be read: {error}") from error
     except yaml.YAMLError as error:
         raise ConfigError(f"{path}: not YAML: {' '.join(str(error).split())}") from error
     if not isinstance(node, yaml.MappingNode):
         raise ConfigError(f"{path}: expected lines of `field: value`")
-    hints, names, seen, lone = get_type_hints(cls), [field.name for field in fields(cls)], set(), []
-    for key, value in node.value:
+    hints, names, seen = get_type_hints(cls), [field.name for field in fields(cls)], set()
+    for number, (key, value) in enumerate(node.value):
         where = f"{path}:{key.start_mark.line + 1}"
         if not isinstance(key, yaml.ScalarNode):
             raise ConfigError(f"{where}: expected the name of a field before the colon")
@@ -129,14 +129,12 @@ def read_yaml(path: str, cls: type) -> str:
             raise ConfigError(f"{where}: {key.value} stands twice")
         if key.value not in names:
             raise ConfigError(f"{where}: no field {key.value!r}{_nearest(key.value, names)}")
-        if get_origin(hints[key.value]) is list and isinstance(value, yaml.ScalarNode):
-            lone.append(value)
+        if get_origin(hints[key.value]) is list and isinstance(value, yaml.ScalarNode) and value.tag != NULL:
+            quoted = '"' if value.tag.endswith(":str") else value.style  # 1e-5, too, stays the text that YAML calls it
+            entry = yaml.ScalarNode(value.tag, value.value, style=quoted)
+            node.value[number] = key, yaml.SequenceNode("tag:yaml.org,2002:seq", [entry])
         seen.add(key.value)
-    for value in reversed(lone):
-        start, end = value.start_mark.index, value.end_mark.index
-        written = json.dumps(value.value) if value.tag.endswith(":str") else text[start:end]
-        text = f"{text[:start]}[{written}]{text[end:]}"
-    return text
+    return yaml.serialize(node, Dumper=yaml.SafeDumper, width=math.inf, allow_unicode=True)
 
 
 def _with_files_read(arguments: list[str], cls: type) -> list[str]:

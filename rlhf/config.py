@@ -52,9 +52,9 @@ class SFTConfig(TrainConfig, SupervisedFields, LoraFields, MemoryFields):
         super().__post_init__()
         require_each(self, "a number >= 2", lambda v: v >= 2, "max_length")
         require_each(self, "a number > 0", lambda v: v > 0, "num_train_epochs")
-        require_each(self, "a number >= 1", lambda v: v >= 1, "lora_r lora_alpha")
         require_each(self, "a number >= 0", lambda v: v >= 0, "eval_steps")
         require_each(self, "a number in [0, 1)", lambda v: 0 <= v < 1, "eval_fraction")
+        self.check_lora(self.use_peft, "use_peft")
         if self.eval_steps and not self.eval_fraction:
             raise ConfigError("eval_steps: expected eval_fraction > 0 beside it, which holds out the rows")
         if self.use_peft and self.optim == "adamw_bf16":

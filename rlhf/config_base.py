@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field, fields
+from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
 from typing import Literal
 
@@ -29,6 +29,12 @@ def require_each(config: object, expected: str, test, names: str) -> None:
     for name in names.split():
         value = getattr(config, name)
         require(value is None or test(value), name, expected, value)
+
+
+def is_given(config: object, name: str) -> bool:
+    """Whether a field is other than its default."""
+    entry = type(config).__dataclass_fields__[name]
+    return getattr(config, name) != (entry.default if entry.default_factory is MISSING else entry.default_factory())
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -117,6 +123,8 @@ class TrainConfig(RunConfig):
         fits = len(weights) in (0, count) and all(0 < weight < math.inf for weight in weights)
         endless = self.dataset_streaming and self.max_steps < 1
         require(not endless, "max_steps", "a number >= 1 with dataset_streaming, which has no end", self.max_steps)
+        twice = [name for name in self.dataset_name if self.dataset_name.count(name) > 1]
+        require(not twice, "dataset_name", "each dataset once, with dataset_weights of 2 and more", twice[:1])
         require(fits, "dataset_weights", f"a number > 0 for each of the {count} datasets", weights)
         at_least_one = "per_device_train_batch_size gradient_accumulation_steps save_total_limit micro_batch_tokens"
         require_each(self, "a number >= 1", lambda v: v >= 1, at_least_one)
@@ -136,6 +144,13 @@ class LoraFields:
     """Scale of the adapters, over their rank."""
     lora_target_modules: list[str] = field(default_factory=list)
     """Names of the adapted modules; by default every linear layer below the head."""
+
+    def check_lora(self, used: bool, by: str) -> None:
+        """`by` is what asks for adapters."""
+        require_each(self, "a number >= 1", lambda v: v >= 1, "lora_r lora_alpha")
+        for entry in () if used else fields(LoraFields):
+            if is_given(self, entry.name):
+                raise ConfigError(f"{entry.name}: expected its default without {by}, got {getattr(self, entry.name)!r}")
 
 
 @dataclass(frozen=True, kw_only=True)

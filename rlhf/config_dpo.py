@@ -6,7 +6,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from rlhf.config_base import ConfigError, LoraFields, TrainConfig, require, require_each
+from rlhf.config_base import ConfigError, LoraFields, TrainConfig, is_given, require, require_each
 
 LossType = Literal[
     "sigmoid", "hinge", "ipo", "robust", "exo_pair", "nca_pair", "bco_pair", "sppo_hard", "aot", "aot_unpaired",
@@ -80,18 +80,15 @@ class DPOConfig(TrainConfig, LoraFields):
         require_each(self, "a number > 0", lambda v: v > 0, "beta discopop_tau num_train_epochs rpo_alpha")
         require_each(self, "a number >= 0", lambda v: v >= 0, "cpo_alpha desirable_weight undesirable_weight")
         require_each(self, "a number >= 2", lambda v: v >= 2, "max_length")
-        require_each(self, "a number >= 1", lambda v: v >= 1, "lora_r lora_alpha")
         require_each(self, "a number in [0, 1)", lambda v: 0 <= v < 1, "eval_fraction label_smoothing")
         self._check_loss()
         self._check_reference()
-        for name in ("lora_r", "lora_alpha", "lora_target_modules"):
-            if not self.use_peft and self._is_given(name):
-                raise ConfigError(f"{name}: expected its default without use_peft, got {getattr(self, name)!r}")
+        self.check_lora(self.use_peft, "use_peft")
 
     def _check_loss(self) -> None:
         kind, smoothing = self.loss_type, self.label_smoothing
         for name, types in ONLY_FOR.items():
-            if kind not in types and self._is_given(name):
+            if kind not in types and is_given(self, name):
                 raise self._ignored(name, f"it means something for {' and '.join(types)} alone")
         if kind not in SMOOTHED and smoothing:
             raise self._ignored("label_smoothing", f"use one of {', '.join(SMOOTHED)}")
@@ -104,7 +101,7 @@ class DPOConfig(TrainConfig, LoraFields):
             raise self._ignored("rpo_alpha", has_one)
         if kind in OVER_THE_BATCH:
             for name in ("gradient_accumulation_steps", "micro_batch_tokens"):
-                if self._is_given(name):
+                if is_given(self, name):
                     raise self._ignored(name, "it sorts the pairs of a whole step, which take one pass")
         if kind == "kto":
             expected = "a step of at least 2 completions with loss_type kto, whose KL term pairs them anew"
@@ -112,17 +109,13 @@ class DPOConfig(TrainConfig, LoraFields):
 
     def _check_reference(self) -> None:
         for name in ("ref_model_name_or_path", "precompute_ref_log_probs", "ref_logps_cache_dir"):
-            if not self.has_reference and self._is_given(name):
+            if not self.has_reference and is_given(self, name):
                 raise self._ignored(name, "it has no reference")
         if self.has_reference and self.precompute_ref_log_probs and self.dataset_streaming:
             way_out = "a stream has no end to score before the first step"
             raise ConfigError(f"precompute_ref_log_probs: expected false with dataset_streaming: {way_out}")
         if not self.precompute_ref_log_probs and self.ref_logps_cache_dir is not None:
             raise ConfigError("ref_logps_cache_dir: expected null without precompute_ref_log_probs")
-
-    def _is_given(self, name: str) -> bool:
-        entry = type(self).__dataclass_fields__[name]
-        return getattr(self, name) != ([] if name == "lora_target_modules" else entry.default)
 
     def _ignored(self, name: str, why: str) -> ConfigError:
         value, kind = getattr(self, name), self.loss_type

@@ -149,7 +149,7 @@ class PPOConfig(TrainConfig, RewardFields, LoraFields, MemoryFields):
     def __post_init__(self):
         super().__post_init__()
         at_least_one = """total_episodes num_mini_batches num_ppo_epochs max_prompt_length response_length kl_horizon
-            lora_r lora_alpha num_generations ptx_batch_size eval_prompts"""
+            num_generations ptx_batch_size eval_prompts"""
         require_each(self, "a number >= 1", lambda v: v >= 1, at_least_one)
         require_each(self, "a number >= 2", lambda v: v >= 2, "ptx_max_length")
         positive = """temperature score_clip kl_target target_kl cliprange_value value_learning_rate warn_kl
@@ -179,6 +179,7 @@ class PPOConfig(TrainConfig, RewardFields, LoraFields, MemoryFields):
             raise ConfigError(
                 "value_model_path: expected null with memory_layout shared_value, which has no value model"
             )
+        self.check_lora(self.has("lora"), "memory_layout lora")
         if self.has("lora") and self.optim == "adamw_bf16":
             raise ConfigError("optim: expected adamw with memory_layout lora, whose adapters are float32")
 

@@ -39,7 +39,7 @@ class RewardConfig(TrainConfig, LoraFields):
 
     def __post_init__(self):
         super().__post_init__()
-        require_each(self, "a number >= 1", lambda v: v >= 1, "lora_r lora_alpha")
+        self.check_lora(self.use_peft, "use_peft")
         require_each(self, "a number >= 2", lambda v: v >= 2, "max_length")
         require_each(self, "a number > 0", lambda v: v > 0, "num_train_epochs")
         require_each(self, "a number >= 0", lambda v: v >= 0, "center_rewards_coefficient eval_steps")

@@ -18,7 +18,7 @@ from rlhf.config import ConfigError
 from rlhf.order import epoch_order, permutation
 from rlhf.read import DataError, Source, Tally, content_of, files_of
 from rlhf.rows import Form
-from rlhf.store import Examples, stored_examples
+from rlhf.store import Examples, state_of, stored_examples
 from rlhf.tokens import Reader, TokenExample, file_examples, token_examples
 from rlhf.types import PromptBatch
 
@@ -60,9 +60,13 @@ class Dataset:
         parts, start = [], 0
         for size, taken in self._parts:
             kept = sum(i not in held for i in range(start, start + size))
-            parts.append((kept, round(kept * taken / size)))
+            parts.append((kept, max(1, round(kept * taken / size)) if kept else 0))
             start += size
-        return Dataset(sides[0], self.notes, tuple(parts), self.reasons), Dataset(sides[1], {})
+        if not sides[0]:
+            raise ConfigError(f"eval_fraction: {fraction} of {count} rows leaves none to train on: lower it")
+        trained = {_said(example) for example in sides[0]} if held else set()
+        notes = self.notes | {"held_out_rows_also_trained": sum(_said(example) in trained for example in sides[1])}
+        return Dataset(sides[0], notes, tuple(parts), self.reasons), Dataset(sides[1], {})
 
     def mapped(self, function: Mapping) -> Dataset:
         """What the function makes of each example; those that it makes nothing of are left out."""
@@ -163,9 +167,10 @@ class Stream:
         return self, Dataset((), {})
 
     def fingerprint(self) -> str:
-        """Of the content of local files, and the names of hub datasets."""
+        """Of the tokenizer, of the content of local files, and the names of hub datasets."""
         files = [file for name in self.source.names for file in files_of(name)]
-        return fingerprint(content_of(file, self.source.split, streaming=True) for file in files)
+        contents = (content_of(file, self.source.split, streaming=True) for file in files)
+        return fingerprint([state_of(self.reader), *contents])
 
 
 def fingerprint(rows: Iterable) -> str:
@@ -173,6 +178,10 @@ def fingerprint(rows: Iterable) -> str:
     for row in rows:
         digest.update(json.dumps(row, default=lambda value: type(value).__name__).encode())
     return digest.hexdigest()
+
+
+def _said(example: TokenExample) -> int:
+    return hash((tuple(example.prompt), *map(tuple, example.completions)))
 
 
 def prompt_batch(examples: list[TokenExample]) -> PromptBatch:

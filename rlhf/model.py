@@ -223,7 +223,6 @@ def with_adapters(
         lora_dropout=0.0,
         target_modules=config.lora_target_modules or "all-linear",
         modules_to_save=list(trained) or None,
-        base_model_name_or_path=model.module.name_or_path,
         task_type="CAUSAL_LM" if isinstance(model, LanguageModel) else "SEQ_CLS",
     )
     ends = module.get_input_embeddings(), module.get_output_embeddings()
@@ -233,8 +232,9 @@ def with_adapters(
             module.add_adapter(settings)
         except ValueError as error:  # no module of that name, or of a kind that takes no adapter
             raise UsageError(f"lora_target_modules: {' '.join(str(error).split()):.300}") from error
-    for found in module.peft_config.values():  # a set, whose order changes from process to process
-        found.target_modules = sorted(found.target_modules)
+    for found in module.peft_config.values():
+        found.target_modules = sorted(found.target_modules)  # a set, whose order changes from process to process
+        found.base_model_name_or_path = _below_adapters(model, config)
     for parameter in module.parameters():
         if parameter.requires_grad:  # peft gives adapters the type of what they adapt
             parameter.data = parameter.data.float()
@@ -245,6 +245,17 @@ def with_adapters(
             f"in {model.module.name_or_path}: merged into it, an adapter of one would change both"
         )
     return replace(model, module=module.eval())
+
+
+def _below_adapters(model: LanguageModel | Scorer, config: LoraFields) -> str:
+    """The model that new adapters name as their base. One that other adapters made is written whole: transformers and
+    peft would load those others in place of the new ones, without a word."""
+    path = model.module.name_or_path
+    if not isinstance(model, LanguageModel) or model.device.type == "meta" or not (Path(path) / ADAPTER).is_file():
+        return path
+    merged = Path(config.output_dir) / "merged_base"
+    save(model, merged)
+    return str(merged)
 
 
 def peft():

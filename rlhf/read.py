@@ -26,6 +26,17 @@ PACKED = ("", ".gz", ".zst")
 SUFFIXES = tuple(kind + end for kind in KINDS for end in PACKED if not (kind == ".parquet" and end))
 SAVED = ("dataset_info.json", "dataset_dict.json", "state.json")  # of datasets.save_to_disk
 TEXTS = ("prompt", "completion", "chosen", "rejected", "text")  # columns of a CSV file that are never numbers
+OF_CHAT = (
+    "prompt",
+    "messages",
+    "completion",
+    "chosen",
+    "rejected",
+    "completions",
+    "ranking",
+    "tools",
+    "chat_template_kwargs",
+)  # columns that a chat template reads
 DEEPEST = 64  # lists and objects in one another; templates and tool schemas have a dozen
 REASONS = 5  # kept of the rows that were skipped
 BOM = b"\xef\xbb\xbf"
@@ -88,11 +99,11 @@ def kind_of(name: str) -> str:
 
 
 def files_of(name: str) -> list[str]:
-    """The files of a directory that can be read, in the order of their names; else the name itself."""
+    """The files of a directory that can be read, hidden ones left out, in the order of names; else the name itself."""
     folder = Path(name)
     if not folder.is_dir() or any((folder / mark).is_file() for mark in SAVED):
         return [name]
-    found = sorted(str(path) for path in folder.iterdir() if path.is_file() and kind_of(path.name))
+    found = sorted(str(p) for p in folder.iterdir() if p.is_file() and kind_of(p.name) and not p.name.startswith("."))
     if not found:
         raise DataError(f"{name}: a directory without a file ending in one of {', '.join(SUFFIXES)}")
     return found
@@ -263,7 +274,8 @@ def _csv(path: str, bad: Callable[[DataError], None]) -> Iterator[tuple[str, dic
     number = 0
     try:
         with _open(path) as file:
-            rows = csv.DictReader(io.TextIOWrapper(file, "utf-8-sig", errors="surrogateescape", newline=""))
+            lines = io.TextIOWrapper(file, "utf-8-sig", errors="surrogateescape", newline="")
+            rows = csv.DictReader(lines, strict=True)  # else a quote that never closes takes all rows after it
             if len(set(rows.fieldnames or ())) < len(rows.fieldnames or ()):
                 raise DataError(f"{path}: a column stands twice: {', '.join(rows.fieldnames)}")
             for number, cells in enumerate(rows, start=1):
@@ -304,16 +316,27 @@ def _parquet(path: str, bad: Callable[[DataError], None]) -> Iterator[tuple[str,
         with pyarrow.parquet.ParquetFile(path) as table:
             rows = chain.from_iterable(batch.to_pylist() for batch in table.iter_batches(1024))
             for number, row in enumerate(rows, start=1):
-                yield f"{path} row {number}", row
+                yield f"{path} row {number}", _of_table(row)
     except (*DAMAGE, pyarrow.ArrowException, UnicodeDecodeError) as error:
         raise DataError(f"{path}: cannot be read after row {number}: {' '.join(str(error).split())}") from error
+
+
+def _of_table(row: dict) -> dict:
+    """Less the nulls that a table puts into messages and tools for keys which other rows have."""
+    return {name: _without_nulls(value) if name in OF_CHAT else value for name, value in row.items()}
+
+
+def _without_nulls(value: object) -> object:
+    if isinstance(value, dict):
+        return {name: _without_nulls(entry) for name, entry in value.items() if entry is not None}
+    return [_without_nulls(entry) for entry in value] if isinstance(value, list) else value
 
 
 def _with_datasets(name: str, split: str, streaming: bool) -> Iterator[tuple[str, dict]]:
     table, number = _table(name, split, streaming), 0
     try:
         for number, row in enumerate(table, start=1):
-            yield f"{name} row {number}", row
+            yield f"{name} row {number}", _of_table(row)
     except Exception as error:  # of the network, of codecs
         told = " ".join(str(error).split())
         raise DataError(f"{name} row {number + 1}: cannot be read: {type(error).__name__}: {told}") from error

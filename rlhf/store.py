@@ -7,6 +7,8 @@ import json
 import os
 from array import array
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
+from functools import cache
 from itertools import pairwise
 from pathlib import Path
 
@@ -14,7 +16,7 @@ from rlhf.read import DataError, Source, Tally, content_of
 from rlhf.rows import Form
 from rlhf.tokens import Reader, TokenExample, file_examples
 
-FORMAT = 1  # of the cache, and of what rows become: another number is another cache
+CODE = ("read.py", "chat.py", "rows.py", "tokens.py", "store.py")  # by which rows become what is kept
 
 
 class Examples(Sequence[TokenExample]):
@@ -68,7 +70,7 @@ def stored_examples(
     """`file_examples`, or what they were when the same content was read with the same tokenizer in the same way."""
     if source.cache_dir is None or not reader.tokenizer.is_fast:
         return Examples(file_examples(name, source, reader, form, max_length, tally))
-    key = [FORMAT, content_of(name, source.split), _state_of(reader), form, max_length, source.on_bad_row]
+    key = [_code(), content_of(name, source.split), state_of(reader), form, max_length, source.on_bad_row]
     path = Path(source.cache_dir) / f"{hashlib.sha256(json.dumps(key, default=str).encode()).hexdigest()}.safetensors"
     own = Tally(source.on_bad_row)
     if (examples := read(path, own)) is None:
@@ -78,19 +80,30 @@ def stored_examples(
     return examples
 
 
-def _state_of(reader: Reader) -> list:
+@cache
+def _code() -> list[str]:
+    """What computes: another version of it is another cache."""
     import tokenizers
+    import transformers
 
+    ours = hashlib.sha256(b"".join(Path(__file__).with_name(name).read_bytes() for name in CODE)).hexdigest()
+    return [ours, tokenizers.__version__, transformers.__version__]
+
+
+def state_of(reader: Reader) -> list:
+    """What rows become tokens by."""
     tokenizer = reader.tokenizer
+    rules = tokenizer.backend_tokenizer.to_str() if tokenizer.is_fast else sorted(tokenizer.get_vocab().items())
     return [
-        tokenizers.__version__, tokenizer.backend_tokenizer.to_str(), tokenizer.chat_template,
-        tokenizer.special_tokens_map, list(reader.eos_ids), reader.vocab_size,
+        rules, tokenizer.split_special_tokens, tokenizer.chat_template, tokenizer.special_tokens_map,
+        list(reader.eos_ids), reader.vocab_size,
     ]  # fmt: skip
 
 
 def write(path: Path, examples: Examples, tally: Tally) -> None:
     """The file, whole or not at all; none where a column holds what JSON does not give back (a date, an image)."""
     import numpy
+    from safetensors import SafetensorError
     from safetensors.numpy import save_file
 
     try:
@@ -106,7 +119,9 @@ def write(path: Path, examples: Examples, tally: Tally) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         save_file(arrays, temporary, {"sha256": _digest(arrays)})
         os.replace(temporary, path)
-    except OSError as error:
+    except (OSError, SafetensorError) as error:  # of a full disk either
+        with suppress(OSError):
+            temporary.unlink()
         raise DataError(f"dataset_cache_dir: cannot be written: {error}") from error
 
 

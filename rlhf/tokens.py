@@ -94,10 +94,11 @@ def _cut(example: Example, tokens: TokenExample, form: Form, max_length: int, no
     prompt, completions = tokens.prompt, tokens.completions
     if tokens.counted == [] or (not example.prompt and not all(example.completions)):
         notes["dropped_empty"] += 1
-    elif form in ("preference", "ranking") and all(c == completions[0] for c in completions[1:]):
-        notes["dropped_identical"] += 1
     else:
         kept_prompt, kept = fit(prompt, completions, max_length)
+        if form in ("preference", "ranking") and all(c == kept[0] for c in kept[1:]):  # or what differed was cut
+            notes["dropped_identical"] += 1
+            return
         notes["cut_prompts"] += len(kept_prompt) < len(prompt)
         notes["cut_completions"] += sum(map(len, kept)) < sum(map(len, completions))
         counted = tokens.counted and tokens.counted[: len(kept[0])]
@@ -174,11 +175,12 @@ def _encode_dialogues(examples: list[Example], reader: Reader) -> Iterator[Token
 
 
 def _ended(ids: list[int], reader: Reader) -> list[int]:
-    """One EOS at the end. Chat templates write theirs, often with a newline after it; tokenizers that end every text
+    """One EOS at the end. Chat templates write theirs, often with blanks after it; tokenizers that end every text
     write another."""
-    ends, end = [token in reader.eos_ids for token in ids], len(ids)
-    if ends[-2:] == [True, False] and not reader.tokenizer.decode(ids[-1:]).strip():
-        end -= 1
+    ends = [token in reader.eos_ids for token in ids]
+    end = len(ids) - ends[::-1].index(True) if any(ends) else 0
+    if not end or reader.tokenizer.decode(ids[end:]).strip():
+        end = len(ids)
     while ends[max(end - 2, 0) : end] == [True, True]:
         end -= 1
     return ids[:end] if end and ends[end - 1] else [*ids[:end], *reader.eos_ids[:1]]

@@ -16,7 +16,7 @@ from tiny_models import write_jsonl
 
 from rlhf import config as configs
 from rlhf.cli import COMMANDS, main, parse_config
-from rlhf.config import PPOConfig, SFTConfig, UsageError
+from rlhf.config import GenerateConfig, PPOConfig, SFTConfig, UsageError
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 PPO = ["--model_name_or_path", "m", "--dataset_name", "d", "--output_dir", "o", "--reward", "a:b"]
@@ -57,6 +57,21 @@ def test_lists_nulls_and_switches(yaml_file):
     assert (config.reward, config.reward_weights) == (["a:b, [c]"], [0.5])
 
 
+def test_a_lone_value_of_a_list_may_be_written_in_any_way(yaml_file):
+    text = "model_name_or_path: &m models/a\nprompt: |\n  the film\nseed: 3\n"
+    config = parse_config("generate", GenerateConfig, ["--config", yaml_file(text)])
+    assert (config.prompt, config.seed) == (["the film\n"], 3)
+    for text, prompt in (
+        ("*m", "models/a"),
+        ("&p '1'", "1"),
+        ("!!str 5", "5"),
+        (">-\n  a\n  b", "a b"),
+        ("1e-5", "1e-5"),
+    ):
+        path = yaml_file(f"model_name_or_path: &m models/a\nprompt: {text}\nseed: 3\n")
+        assert parse_config("generate", GenerateConfig, ["--config", path]).prompt == [prompt]
+
+
 def test_a_saved_configuration_is_one_to_start_from(yaml_file):
     config = parse_config("ppo", PPOConfig, [*PPO, "--score_clip", "3", "--missing_eos_penalty", "null"])
     assert parse_config("ppo", PPOConfig, ["--config", yaml_file(yaml.safe_dump(asdict(config)))]) == config
@@ -86,6 +101,7 @@ def test_a_wrong_option_is_one_line_that_helps(capsys, arguments, line):
         ("- seed\n", "config.yaml: expected lines of `field: value`"),
         ("", "config.yaml: expected lines of `field: value`"),
         ("seed: [1\n", "config.yaml: not YAML"),
+        ("lora_target_modules:\nseed: 1\n", "lora_target_modules: expected list[str], got None"),
         ("? [seed]\n: 1\n", "config.yaml:1: expected the name of a field before the colon"),
         ("learning_rate: null\n", "learning_rate: expected float, got None"),
         ("seed: many\n", "seed: expected int, got many"),

@@ -57,6 +57,20 @@ def test_nonsense_is_refused_with_field_and_value(cls, base, field, value):
     assert str(error.value).startswith(f"{field}: expected ") and repr(shown) in str(error.value)
 
 
+@pytest.mark.parametrize(
+    ("cls", "base", "way"), [(SFTConfig, TRAIN, "use_peft"), (PPOConfig, PPO, "memory_layout lora")]
+)
+def test_fields_of_adapters_are_refused_where_there_are_none(cls, base, way):
+    for name, value in (("lora_r", 4), ("lora_alpha", 8), ("lora_target_modules", ["q_proj"])):
+        with pytest.raises(ConfigError, match=f"^{name}: expected its default without {way}, got "):
+            cls(**base | {name: value})
+
+
+def test_a_dataset_stands_once():
+    with pytest.raises(ConfigError, match=r"^dataset_name: expected each dataset once, with dataset_weights of 2 "):
+        SFTConfig(**TRAIN | {"dataset_name": ["d", "e", "d"]})
+
+
 def test_ppo_needs_a_reward():
     with pytest.raises(ConfigError, match="reward_model_path: expected a reward model, or --reward"):
         PPOConfig(**PPO | {"reward": []})

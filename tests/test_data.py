@@ -10,7 +10,7 @@ from itertools import chain
 import pytest
 from tiny_models import write_jsonl
 
-from rlhf.config import SFTConfig
+from rlhf.config import ConfigError, SFTConfig
 from rlhf.data import Dataset, load, plan, tokenize
 from rlhf.model import load_tokenizer
 from rlhf.read import DataError, Source, read_rows
@@ -232,6 +232,24 @@ def test_held_out_examples_are_apart():
     rest, held = make_dataset(20).split(0.25, seed=3)
     ids = [e.prompt[0] for e in rest.examples], [e.prompt[0] for e in held.examples]
     assert (len(ids[0]), len(ids[1])) == (15, 5) and sorted(ids[0] + ids[1]) == list(range(20))
+
+
+def test_every_dataset_with_rows_left_keeps_one_and_a_split_leaves_some_to_train_on():
+    examples = [TokenExample([i], [], "", {}) for i in range(10)]
+    rest, held = Dataset(examples, {}, ((10, 1),)).split(0.6, seed=1)  # 4 rows left, each a tenth of a time
+    assert (len(held), rest.parts, len(rest.window(0, 3, 1))) == (6, ((4, 1),), 3)
+    with pytest.raises(ConfigError, match=r"^eval_fraction: 0.5 of 0 rows leaves none to train on"):
+        Dataset([], {}).split(0.5, seed=1)
+
+
+def test_held_out_rows_that_are_trained_on_too_are_counted():
+    rows = [*range(8), 7, 7]
+    data = Dataset([TokenExample([i], [[i, 2]], str(n), {}) for n, i in enumerate(rows)], {"rows": 10})
+    rest, held = data.split(0.5, seed=1)
+    kept = {e.prompt[0] for e in rest.examples}
+    expected = sum(e.prompt[0] in kept for e in held.examples)
+    assert expected and rest.notes == {"rows": 10, "held_out_rows_also_trained": expected}
+    assert make_dataset(20).split(0.25, seed=3)[0].notes["held_out_rows_also_trained"] == 0
 
 
 def read(row: dict, form: str, tokenizer=None) -> Example:

@@ -93,9 +93,36 @@ def test_cells_of_a_csv_file_are_json_but_for_texts(tmp_path):
     assert rows_of(tmp_path / "rows.csv") == [row | {"messages": messages}]
 
 
+def test_a_quote_that_never_closes_takes_no_rows_with_it(tmp_path):
+    path = tmp_path / "rows.csv"
+    path.write_text('prompt,completion\na,b\nthe film," was good\nthe plot, was bad\nthe play, was fine\n')
+    with pytest.raises(DataError, match=r"rows\.csv row 2: cannot be read: unexpected end of data"):
+        rows_of(path)
+
+
+@pytest.mark.parametrize("kind", ["parquet", "saved"])
+def test_a_table_puts_no_nulls_into_messages_and_tools(tmp_path, kind):
+    """Rows share the keys of all: the arguments of one call would stand as null in every other."""
+    import datasets
+
+    calls = [{"name": "find", "arguments": {"word": "film"}}, {"name": "add", "arguments": {"a": 1, "b": 2}}]
+    rows = [
+        {"messages": [{"role": "assistant", "tool_calls": [call]}], "tools": [call], "meta": call} for call in calls
+    ]
+    table = datasets.Dataset.from_list(rows)
+    path = tmp_path / "rows.parquet"
+    table.to_parquet(path) if kind == "parquet" else table.save_to_disk(path)
+    found = rows_of(path)
+    assert [{"messages": row["messages"], "tools": row["tools"]} for row in found] == [
+        {"messages": row["messages"], "tools": row["tools"]} for row in rows
+    ]
+    assert found[0]["meta"]["arguments"] == {"word": "film", "a": None, "b": None}  # columns of others are as they are
+
+
 def test_a_directory_is_its_files_by_name(files, tmp_path):
     (tmp_path / "notes.md").write_text("no data")
     (tmp_path / "deeper.jsonl").mkdir()
+    (tmp_path / "._rows.jsonl").write_bytes(b"\xff")  # of a Mac, beside each file of an archive
     names = [str(files[kind]) for kind in ("csv", "json", "jsonl", "parquet")]
     assert files_of(str(tmp_path)) == names and rows_of(tmp_path) == ROWS * 4
     assert [where for where, _ in read_rows(str(tmp_path))][4:6] == [f"{files['jsonl']}:1", f"{files['jsonl']}:2"]

@@ -269,7 +269,14 @@ def test_every_command_starts_from_the_adapters(adapted, tiny_model, corpus, pai
     )
     rows = load(Source((corpus,)), model, "completion", 32).window(0, 8, config.seed)
     assert again.metrics["loss"] == pytest.approx(by_hand(model, rows, marks_of(rows))[0], abs=1e-5)
-    load_language_model(str(again.final_dir), config)
+    from transformers import AutoModelForCausalLM
+
+    settings = json.loads((again.final_dir / "adapter_config.json").read_text())
+    assert settings["base_model_name_or_path"] == str(tmp_path / "sft" / "merged_base")
+    ids = torch.tensor([[4, 5, 6, 7]])
+    with torch.no_grad():  # not the first adapters in place of the second, or twice
+        ours = load_language_model(str(again.final_dir), config).module(ids).logits
+        torch.testing.assert_close(AutoModelForCausalLM.from_pretrained(again.final_dir)(ids).logits, ours)
     rm = reward_model.train(RewardConfig(**once, dataset_name=pairs, output_dir=str(tmp_path / "rm"), max_length=32))
     rollouts = {"response_length": 4, "max_prompt_length": 8, "reward_model_path": str(rm.final_dir)}
     ppo.train(PPOConfig(**once, **rollouts, dataset_name=corpus, output_dir=str(tmp_path / "ppo")))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime
 import os
 import shutil
+import signal
 from dataclasses import replace
 
 import pytest
@@ -73,7 +74,7 @@ def test_a_hit_reads_no_row_and_gives_the_same_dataset(tmp_path, rows, reader, m
     assert cached(tmp_path, str(moved), reader) == first
 
 
-def test_whatever_changes_the_examples_changes_the_file(tmp_path, rows, reader):
+def test_whatever_changes_the_examples_changes_the_file(tmp_path, rows, reader, monkeypatch):
     first = cached(tmp_path, rows, reader)
     ways = [
         lambda: cached(tmp_path, rows, reader, max_length=3),
@@ -93,6 +94,12 @@ def test_whatever_changes_the_examples_changes_the_file(tmp_path, rows, reader):
     with open(rows, "a") as file:
         file.write('{"prompt": "the", "completion": " plot"}\n')
     assert len(cached(tmp_path, rows, reader)) == 3 and len(files(tmp_path)) == 8
+    reader.tokenizer.split_special_tokens = True
+    cached(tmp_path, rows, reader)
+    assert len(files(tmp_path)) == 9
+    monkeypatch.setattr(store, "_code", lambda: ["of another version"])
+    cached(tmp_path, rows, reader)
+    assert len(files(tmp_path)) == 10
 
 
 @pytest.mark.parametrize("place", [0, 0.3, 0.6, 0.99, "cut", "empty"])
@@ -137,3 +144,18 @@ def test_a_cache_that_cannot_be_written_is_an_error(tmp_path, rows, reader):
     (tmp_path / "file").touch()
     with pytest.raises(DataError, match=r"^dataset_cache_dir: cannot be written: "):
         cached(tmp_path, rows, reader, cache_dir=str(tmp_path / "file" / "cache"))
+
+
+def test_a_full_disk_is_an_error_and_leaves_nothing(tmp_path, rows, reader):
+    import resource
+
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    ignored = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (64, before[1]))  # as a disk would, in the middle of the file
+    try:
+        with pytest.raises(DataError, match=r"^dataset_cache_dir: cannot be written: "):
+            cached(tmp_path, rows, reader)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        signal.signal(signal.SIGXFSZ, ignored)
+    assert not files(tmp_path)

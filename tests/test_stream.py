@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from dataclasses import replace
 
 import pytest
 from tiny_models import sentence, write_jsonl
@@ -92,6 +93,9 @@ def test_a_fingerprint_is_that_of_the_content(tmp_path, reader):
     assert stream(reader, name).fingerprint() == before
     numbered(tmp_path / "rows.jsonl", 4)
     assert stream(reader, name).fingerprint() != before
+    numbered(tmp_path / "rows.jsonl", 3)
+    assert stream(reader, name).fingerprint() == before
+    assert stream(replace(reader, eos_ids=(1,)), name).fingerprint() != before  # other tokens
 
 
 def test_a_stream_needs_an_end_and_holds_nothing_out(tiny_model, tmp_path, pairs):

@@ -5,7 +5,9 @@ from __future__ import annotations
 import pytest
 from conftest import SHARED_DATA
 
+from rlhf.config import InitConfig
 from rlhf.data import Dataset, load, tokenize
+from rlhf.init import init
 from rlhf.model import load_tokenizer
 from rlhf.read import Source, read_rows
 from rlhf.rows import parse
@@ -53,6 +55,29 @@ def test_a_long_prompt_leaves_the_completion(reader):
     assert data.notes == {"rows": 1, "cut_prompts": 1, "cut_completions": 0}
     (example,) = read(reader, "completion", 8, prompt="the film " * 50, completion=" was very" * 50).examples
     assert (len(example.prompt), example.completions) == (4, [words(reader, "was very was very")])
+
+
+@pytest.mark.parametrize("form", ["preference", "ranking"])
+def test_answers_that_are_the_same_once_cut_are_dropped(reader, form):
+    """Their loss is log 2 whatever the model: nothing is learnt, and an accuracy counts them as wrong."""
+    row = {"prompt": "the film", "chosen": " was very good", "rejected": " was very bad"}
+    data = read(reader, form, 4, **row)
+    assert (len(data), data.notes["dropped_identical"]) == (0, 1)
+    assert len(read(reader, form, 6, **row)) == 1
+
+
+@pytest.mark.parametrize("blanks", ["", "\n", " \n\n "])
+def test_blanks_after_the_end_are_no_text(corpus, tmp_path, blanks):
+    """A template may write any after its EOS; a second EOS behind them would teach a model to go on after its end."""
+    folder = init(InitConfig(dataset_name=corpus, output_dir=str(tmp_path), vocab_size=300, hidden_size=8))
+    tokenizer = load_tokenizer(str(folder))
+    turn = "<{{ m.role }}> {{ m.content }}{{ eos_token }}{{ blanks }}"
+    tokenizer.chat_template = TEMPLATE.replace("<{{ m.role }}> {{ m.content }} {{ eos_token }}\n", turn)
+    rows = {"messages": TURNS, "chat_template_kwargs": {"blanks": blanks}}
+    for form in ("completion", "dialogue"):
+        (example,) = read(Reader(tokenizer, (tokenizer.eos_token_id,)), form, 64, **rows).examples
+        (answer,) = example.completions
+        assert tokenizer.decode(answer).lstrip() == "was very good<|eos|>"
 
 
 def test_a_chat_is_the_tokens_of_its_rendering(reader):
