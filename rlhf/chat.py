@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import re
 from dataclasses import dataclass
@@ -27,6 +28,9 @@ class Chat:
         options, tools = row.get("chat_template_kwargs") or {}, row.get("tools")
         if not isinstance(options, dict):
             raise DataError(f"{where}: chat_template_kwargs: expected an object, got {options!r:.80}")
+        arguments = inspect.signature(tokenizer.apply_chat_template).parameters.keys() - {"documents"}
+        if taken := sorted(options.keys() & arguments):
+            raise DataError(f"{where}: chat_template_kwargs: {taken[0]}: says how to render, which rows do not choose")
         if isinstance(tools, str):
             try:
                 tools = json.loads(tools)
@@ -50,6 +54,8 @@ class Chat:
         wholes = [self.render(turns + completion) for completion in completions]
         if not all(whole.startswith(head) for whole in wholes):
             raise DataError(f"{self.where}: the chat template renders the prompt otherwise once an answer follows")
+        if any(turns and whole == head for turns, whole in zip(completions, wholes)):
+            raise DataError(f"{self.where}: the chat template writes nothing of the assistant's turns")
         return head, [whole[len(head) :] for whole in wholes]
 
     def dialogue(self, turns: list[dict]) -> tuple[str, list[tuple[int, int]]]:

@@ -123,6 +123,8 @@ class TrainConfig(RunConfig):
         fits = len(weights) in (0, count) and all(0 < weight < math.inf for weight in weights)
         endless = self.dataset_streaming and self.max_steps < 1
         require(not endless, "max_steps", "a number >= 1 with dataset_streaming, which has no end", self.max_steps)
+        if self.dataset_streaming and self.dataset_cache_dir is not None:
+            raise ConfigError("dataset_cache_dir: expected null with dataset_streaming, which keeps no rows")
         twice = [name for name in self.dataset_name if self.dataset_name.count(name) > 1]
         require(not twice, "dataset_name", "each dataset once, with dataset_weights of 2 and more", twice[:1])
         require(fits, "dataset_weights", f"a number > 0 for each of the {count} datasets", weights)

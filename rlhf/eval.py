@@ -39,7 +39,7 @@ from rlhf.model import (
     load_scorer,
     same_vocabulary,
 )
-from rlhf.read import Source, Tally, read_rows
+from rlhf.read import DataError, Source, Tally, read_rows
 from rlhf.reward import Reward, Shaping, load_rewards
 from rlhf.rollout import Sampling
 from rlhf.rows import Form
@@ -213,6 +213,7 @@ class Samples:
     finished: Tensor  # (P, K) float32, 1 where the response ends with an EOS token
     kl: Tensor | None  # (P, K) float32, log p - log ref; None without a reference that reads the same tokens
     parts: Figures  # the mean of each reward
+    skipped: int  # rows that gave no prompt
 
     def figures(self, prefix: str = "") -> Figures:
         columns = {"score": self.scores, "length": self.lengths, "eos_rate": self.finished}
@@ -238,7 +239,8 @@ def sample(
         scored.append(found)
         columns.append((found.scores, rollout.sequences.response_lengths.float(), rollout.finished.float(), kl))
     scores, lengths, finished, kl = (torch.cat(column).view(len(data), -1) for column in zip(*columns))
-    return Samples(scores, lengths, finished, kl if comparable else None, mean_parts(scored))
+    skipped = data.notes.get("skipped_rows", 0)
+    return Samples(scores, lengths, finished, kl if comparable else None, mean_parts(scored), skipped)
 
 
 def of_win_rate(subject: Subject) -> Figures:
@@ -247,6 +249,8 @@ def of_win_rate(subject: Subject) -> Figures:
     shared = same_vocabulary(subject.policy, reference)
     rewards = subject.rewards if shared else load_rewards(config, reference)
     theirs = sample(config, reference, rewards)
+    if not shared and ours.skipped + theirs.skipped:
+        raise DataError("on_bad_row: win_rate compares answers to the same prompts, and the two models may skip others")
     found = with_error("win_rate", wins(ours.scores, theirs.scores))
     if ours.kl is None:
         say(f"no KL: {config.ref_model_name_or_path} has another vocabulary than {config.model_name_or_path}")

@@ -8,6 +8,7 @@ differ from 1.
 from __future__ import annotations
 
 import copy
+import hashlib
 import json
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, fields, replace
@@ -253,7 +254,9 @@ def _below_adapters(model: LanguageModel | Scorer, config: LoraFields) -> str:
     path = model.module.name_or_path
     if not isinstance(model, LanguageModel) or model.device.type == "meta" or not (Path(path) / ADAPTER).is_file():
         return path
-    merged = Path(config.output_dir) / "merged_base"
+    # Named by the adapters: a run that is refused later must not change what an earlier one's final/ stands on.
+    content = b"".join(file.read_bytes() for file in sorted(Path(path).glob("adapter_*")))
+    merged = Path(config.output_dir) / f"merged_base_{hashlib.sha256(content).hexdigest()[:8]}"
     save(model, merged)
     return str(merged)
 

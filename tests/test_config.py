@@ -66,6 +66,11 @@ def test_fields_of_adapters_are_refused_where_there_are_none(cls, base, way):
             cls(**base | {name: value})
 
 
+def test_a_stream_keeps_no_rows():
+    with pytest.raises(ConfigError, match=r"^dataset_cache_dir: expected null with dataset_streaming"):
+        SFTConfig(**TRAIN, dataset_streaming=True, max_steps=1, dataset_cache_dir="c")
+
+
 def test_a_dataset_stands_once():
     with pytest.raises(ConfigError, match=r"^dataset_name: expected each dataset once, with dataset_weights of 2 "):
         SFTConfig(**TRAIN | {"dataset_name": ["d", "e", "d"]})

@@ -168,13 +168,22 @@ def test_tools_and_options_of_a_row_reach_the_template(tokenizer, template, tool
         ({"tools": [3]}, r"tools: expected a list of objects, got \[3\]"),
         ({"tools": {"name": "f"}}, "tools: expected a list of objects"),
         ({"chat_template_kwargs": 3}, "chat_template_kwargs: expected an object, got 3"),
-        ({"chat_template_kwargs": {"tokenize": True}}, "multiple values for keyword argument 'tokenize'"),
+        ({"chat_template_kwargs": {"tokenize": True}}, "chat_template_kwargs: tokenize: says how to render"),
+        ({"chat_template_kwargs": {"chat_template": "x"}}, "chat_template_kwargs: chat_template: says how to render"),
     ],
 )
 def test_tools_and_options_that_are_none_are_refused(tokenizer, columns, problem):
     tokenizer.chat_template = NEWLINE
     with pytest.raises(DataError, match=f"^f:1: .*{problem}"):
         parse("f:1", {"messages": TURNS, **columns}, "completion", tokenizer)
+
+
+@pytest.mark.parametrize("form", ["completion", "dialogue"])
+def test_a_template_that_leaves_the_answer_out_is_named(tokenizer, form):
+    """Its rows would teach to end at once."""
+    tokenizer.chat_template = "{% for m in messages if m.role == 'user' %}{{ m.content }}{% endfor %}"
+    with pytest.raises(DataError, match=r"^f:1: .*the chat template writes nothing of the assistant's turns"):
+        parse("f:1", {"messages": TURNS[:2]}, form, tokenizer)
 
 
 def test_a_call_of_tools_has_no_content_and_nulls_are_absent(tokenizer):

@@ -22,7 +22,7 @@ from rlhf.evaluation import SEED, in_batches, read_prompts
 from rlhf.forward import response_logprobs, sequence_scores
 from rlhf.init import init
 from rlhf.model import load_language_model, load_scorer
-from rlhf.read import Source
+from rlhf.read import DataError, Source
 from rlhf.rollout import Sampling, generate
 from rlhf.types import pad_sequences
 
@@ -184,6 +184,12 @@ def test_a_rival_with_another_vocabulary_reads_its_own_tokens(tiny_model, tiny_r
     found = evaluation_command.main(config)["win_rate"]
     assert "kl" not in found and 0 <= found["win_rate"] <= 1 and found["ref_length"] > 0
     assert f"no KL: {rival} has another vocabulary" in capsys.readouterr().err
+    rows = write_jsonl(tmp_path / "rows.jsonl", [{"prompt": "the film"}, {"prompt": 3}, {"prompt": "the play"}])
+    changes = models | {"metrics": ["win_rate"], "on_bad_row": "skip"}
+    with pytest.raises(DataError, match=r"^on_bad_row: win_rate compares answers to the same prompts"):
+        evaluation_command.main(config_for(rows, tmp_path / "skipped", **changes))
+    same = changes | {"ref_model_name_or_path": tiny_model}
+    assert evaluation_command.main(config_for(rows, tmp_path / "same", **same))["win_rate"]["prompts"] == 2
 
 
 def test_best_of_n_chooses_among_the_samples_of_each_prompt(tiny_model, corpus, tmp_path):

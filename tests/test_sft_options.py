@@ -12,7 +12,7 @@ from tiny_models import write_jsonl
 from torch.nn.functional import cross_entropy
 
 from rlhf import generate, ppo, reward_model
-from rlhf.config import ConfigError, GenerateConfig, PPOConfig, RewardConfig, SFTConfig
+from rlhf.config import ConfigError, GenerateConfig, PPOConfig, RewardConfig, SFTConfig, UsageError
 from rlhf.data import load, tokenize
 from rlhf.forward import token_logprobs
 from rlhf.layout import recomputing
@@ -272,10 +272,15 @@ def test_every_command_starts_from_the_adapters(adapted, tiny_model, corpus, pai
     from transformers import AutoModelForCausalLM
 
     settings = json.loads((again.final_dir / "adapter_config.json").read_text())
-    assert settings["base_model_name_or_path"] == str(tmp_path / "sft" / "merged_base")
+    (base,) = (tmp_path / "sft").glob("merged_base_*")
+    assert settings["base_model_name_or_path"] == str(base)
     ids = torch.tensor([[4, 5, 6, 7]])
     with torch.no_grad():  # not the first adapters in place of the second, or twice
         ours = load_language_model(str(again.final_dir), config).module(ids).logits
+        other = SFTConfig(**once | {"model_name_or_path": str(again.final_dir)}, dataset_name=corpus,
+                          output_dir=str(tmp_path / "sft"), max_length=32, use_peft=True)  # fmt: skip
+        with pytest.raises(UsageError, match="holds an earlier run"):
+            train(other)
         torch.testing.assert_close(AutoModelForCausalLM.from_pretrained(again.final_dir)(ids).logits, ours)
     rm = reward_model.train(RewardConfig(**once, dataset_name=pairs, output_dir=str(tmp_path / "rm"), max_length=32))
     rollouts = {"response_length": 4, "max_prompt_length": 8, "reward_model_path": str(rm.final_dir)}
