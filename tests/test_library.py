@@ -28,7 +28,7 @@ def python(code: str, **environment: str) -> subprocess.CompletedProcess:
         text=True,
         cwd=ROOT,
         env={**os.environ, **environment},
-        timeout=120,
+        timeout=300,
     )
 
 
