@@ -206,27 +206,22 @@ def _parts(rows: list[Judged], count: int, tokens: int | None, packed: bool) -> 
 
 
 def collate(rows: list[Judged], model: Scorer) -> ComparisonBatch:
-    prompts = [row.prompt for row in rows for _ in row.completions]
-    sequences = pad_sequences(prompts, [c for row in rows for c in row.completions], model.pad_id)
-    starts, heads = (cumulated(sequences.lengths)[:-1] + sequences.prompt_lengths).tolist(), _heads(model)
-    places, pairs, nothing = [], [], sum(len(row.places) for row in rows) * heads
-    sequence = 0
-    for row in rows:
+    """The first completion of every row, then the second of every row that has one, and so on."""
+    order = [(r, i) for i in range(max(len(row.completions) for row in rows)) for r, row in enumerate(rows)]
+    order = [(r, i) for r, i in order if i < len(rows[r].completions)]
+    prompts, completions = [rows[r].prompt for r, _ in order], [rows[r].completions[i] for r, i in order]
+    sequences = pad_sequences(prompts, completions, model.pad_id)
+    starts = dict(zip(order, (cumulated(sequences.lengths)[:-1] + sequences.prompt_lengths).tolist()))
+    heads, places, pairs = model.module.score.out_features, [], []
+    nothing = sum(len(row.places) for row in rows) * heads
+    for r, row in enumerate(rows):
         first = len(places)
-        places += [starts[sequence + completion] + token for completion, token in row.places]
-        sequence += len(row.completions)
+        places += [starts[r, completion] + token for completion, token in row.places]
         for c in row.comparisons:
             ends = [nothing if i is None else (first + i) * heads + c.objective for i in (c.better, c.worse)]
             pairs.append((*ends, c.margin, c.weight))
-    better, worse, margins, weights = zip(*pairs)
-    indices = (torch.tensor(x).to(model.device) for x in (places, better, worse))
-    return ComparisonBatch(
-        sequences.to(model.device), *indices, *(torch.tensor(x).to(model.device) for x in (margins, weights))
-    )
-
-
-def _heads(model: Scorer) -> int:
-    return model.module.score.out_features
+    known = (torch.tensor(x).to(model.device) for x in (places, *zip(*pairs)))
+    return ComparisonBatch(sequences.to(model.device), *known)
 
 
 def place_scores(model: Scorer, batch: ComparisonBatch) -> Tensor:  # (M, heads) float32

@@ -73,12 +73,14 @@ def statistics(model: Scorer, data: Dataset, config: RewardConfig) -> dict[str, 
     if not config.normalize_rewards:
         return {}
     rows: list[Judged] = data.window(0, min(len(data), NORMALIZATION_ROWS), config.seed)
-    scores = torch.cat(score_rows(model, rows, config))
-    known = {"reward_mean": scores.mean(0), "reward_std": scores.std(0)}
+    of_rows = score_rows(model, rows, config)
+    in_order = [scores[i] for i in range(max(map(len, of_rows))) for scores in of_rows if i < len(scores)]
+    scores = torch.stack(in_order).unbind(1)  # of each head, in the order of collate, which decides how sums round
+    known = {"reward_mean": [x.mean() for x in scores], "reward_std": [x.std().nan_to_num() for x in scores]}
     return {
         key: value or float(name == "reward_std")  # one score, or scores that are all the same, keep their scale
         for name, values in known.items()
-        for key, value in zip(_keys(name, config), values.nan_to_num().tolist())
+        for key, value in zip(_keys(name, config), map(float, values))
     }
 
 
