@@ -138,17 +138,17 @@ def read_yaml(path: str, cls: type) -> str:
 
 
 def _with_files_read(arguments: list[str], cls: type) -> list[str]:
-    """The parser takes the text of a YAML file in place of its name."""
-    read, before = [], ""
+    """The parser takes the text of a YAML file in place of its name, and lets what comes later win: files go first."""
+    files, rest, before = [], [], ""
     for argument in arguments:
         if before == "--config":
-            read.append(read_yaml(argument, cls))
+            files += [rest.pop(), read_yaml(argument, cls)]
         elif argument.startswith("--config="):
-            read += ["--config", read_yaml(argument.partition("=")[2], cls)]
+            files += ["--config", read_yaml(argument.partition("=")[2], cls)]
         else:
-            read.append(argument)
+            rest.append(argument)
         before = argument
-    return read
+    return files + rest
 
 
 def _plain(message: str, names: list[str]) -> str:

@@ -43,8 +43,9 @@ def fails(capsys, *arguments: str) -> str:
 
 def test_yaml_overrides_defaults_and_the_command_line_overrides_yaml(yaml_file):
     path = yaml_file("model_name_or_path: m\ndataset_name: d\noutput_dir: o\nlearning_rate: 1e-4\nseed: 7\n")
-    config = parse_config("sft", SFTConfig, ["--config", path, "--seed", "9"])
-    assert config == SFTConfig(model_name_or_path="m", dataset_name="d", output_dir="o", learning_rate=1e-4, seed=9)
+    for arguments in (["--config", path, "--seed", "9"], ["--seed", "9", "--config", path]):
+        config = parse_config("sft", SFTConfig, arguments)
+        assert config == SFTConfig(model_name_or_path="m", dataset_name="d", output_dir="o", learning_rate=1e-4, seed=9)
 
 
 def test_lists_nulls_and_switches(yaml_file):
