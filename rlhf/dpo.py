@@ -197,7 +197,7 @@ def metrics_of(stats: Stats, targets: Targets) -> dict[str, float]:
         metrics["rewards/margins"] = metrics["rewards/chosen"] - metrics["rewards/rejected"]
     if "accuracy" in found:
         metrics["rewards/accuracies"] = found["accuracy"]
-    return metrics if targets.kl is None else metrics | {"kl": max(0.0, float(targets.kl))}
+    return metrics if targets.kl is None else metrics | {"kl": max(float(targets.kl), 0.0)}
 
 
 @torch.no_grad()

@@ -21,7 +21,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 import rlhf_kernels
-from rlhf.config import DPOConfig
+from rlhf.config import DPOConfig, UsageError
 from rlhf.data import Dataset
 from rlhf.forward import token_logprobs
 from rlhf.log import make_folder, say
@@ -29,12 +29,14 @@ from rlhf.model import (
     LanguageModel,
     ModelError,
     check_context,
+    frozen,
     frozen_copy,
     load_language_model,
     same_vocabulary,
     with_adapters,
 )
 from rlhf.read import DataError
+from rlhf.store import Examples
 from rlhf.tokens import TokenExample, fit
 from rlhf.types import SequenceBatch, pad_sequences
 
@@ -77,7 +79,7 @@ def prepare(
     """The data with what is known of the reference in its columns, and the rest."""
     if not config.has_reference:
         return data, held_out, Reference(config, {})
-    if not config.dataset_streaming and _in_rows(config, [*data.examples, *held_out.examples]):
+    if config.precompute_ref_log_probs and _in_rows(config, data, held_out):
         return data, held_out, Reference(config, {"reference": "columns"})
     model = _load_reference(config, base)
     identity = {"reference": fingerprint_of(model.module)}
@@ -85,8 +87,8 @@ def prepare(
         model = frozen_copy(base) if model is base and not config.use_peft else model
         return data, held_out, Reference(config, identity, model)
     depends = [VERSION, identity, config.form, config.max_length, str(model.compute_dtype), model.packed]
-    depends += [data.fingerprint(), held_out.fingerprint()]
-    depends += [windows, config.seed] if config.loss_type == "kto" else []
+    depends += [model.vocab_size, data.fingerprint(), held_out.fingerprint()]
+    depends += [windows, config.seed, data.parts] if config.loss_type == "kto" else []  # who stands beside whom
     key = hashlib.sha256(json.dumps(depends).encode()).hexdigest()
     folder = Path(config.ref_logps_cache_dir or make_folder(config))
     found = remember(folder, key, lambda: _score(config, model, data, held_out, windows))
@@ -135,11 +137,11 @@ def _score(config: DPOConfig, model, data: Dataset, held_out: Dataset, windows) 
     if len(held_out):
         found["held_out"] = completion_logps(model, held_out.examples, config)
     if config.loss_type == "kto":
-        steps = [data.window(*window, config.seed) for window in windows]
+        steps = (data.window(*window, config.seed) for window in windows)  # made one at a time: all are many lists
         for name, groups in (("kl", steps), ("held_out_kl", [held_out.examples] if len(held_out) else [])):
-            others = [example for group in groups for example in mismatched(group, config.max_length)]
-            if others:
-                found[name] = completion_logps(model, others, config)[0]
+            sums = [completion_logps(model, mismatched(group, config.max_length), config)[0] for group in groups]
+            if sums:
+                found[name] = torch.cat(sums)
     return {name: x.cpu() for name, x in found.items()}
 
 
@@ -151,19 +153,25 @@ def _load_reference(config: DPOConfig, base: LanguageModel) -> LanguageModel:
     if not same_vocabulary(model, base):
         raise ModelError(f"ref_model_name_or_path: {path} has another vocabulary than {config.model_name_or_path}")
     check_context(model, config.max_length, "max_length")
-    return replace(model, module=model.module.requires_grad_(False))
+    return frozen(model, config)
 
 
-def _in_rows(config: DPOConfig, examples: list[TokenExample]) -> bool:
-    """Whether every row brings what the reference says; kto needs it of mismatched completions, too."""
+def _in_rows(config: DPOConfig, data: Dataset, held_out: Dataset) -> bool:
+    """Whether every row brings what the reference says, of all its tokens; kto needs it of mismatched completions,
+    too."""
     names = COLUMNS[config.form]
-    if config.loss_type == "kto" or not all(e.columns.keys() >= set(names) for e in examples):
+    rows = [e.columns for part in (data, held_out) for e in part.examples]
+    if config.loss_type == "kto" or not all(row.keys() >= set(names) for row in rows):
         return False
+    told, way_out = " and ".join(names), "or let a model be asked with precompute_ref_log_probs false"
     if config.ref_model_name_or_path is not None:
-        raise DataError(f"ref_model_name_or_path: expected null, as every row has {' and '.join(names)}")
-    for value in (e.columns[name] for e in examples for name in names):
+        raise DataError(f"ref_model_name_or_path: expected null, as every row has {told}, {way_out}")
+    for value in (row[name] for row in rows for name in names):
         if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
-            raise DataError(f"{' and '.join(names)}: expected log-probabilities, got {value!r:.80}")
+            raise DataError(f"{told}: expected log-probabilities, got {value!r:.80}")
+    if cut := data.notes.get("cut_prompts", 0) + data.notes.get("cut_completions", 0):
+        expected = f"no row longer than {config.max_length} tokens, as {told} are of whole rows"
+        raise DataError(f"max_length: expected {expected}, got {cut} that were cut: raise it, {way_out}")
     return True
 
 
@@ -171,7 +179,8 @@ def _with_columns(data: Dataset, sums: Tensor | None, config: DPOConfig) -> Data
     if sums is None:
         return data
     columns = [dict(zip(COLUMNS[config.form], values)) for values in sums.t().tolist()]
-    return replace(data, examples=[replace(e, columns=e.columns | c) for e, c in zip(data.examples, columns)])
+    examples = (replace(e, columns=e.columns | known) for e, known in zip(data.examples, columns))
+    return replace(data, examples=Examples(examples))
 
 
 # Files
@@ -179,7 +188,8 @@ def _with_columns(data: Dataset, sums: Tensor | None, config: DPOConfig) -> Data
 
 def fingerprint_of(module: nn.Module) -> str:
     """Of weights and configuration, wherever they were loaded from."""
-    public = {name: value for name, value in module.config.to_dict().items() if not name.startswith("_")}
+    passing = ("_", "transformers_version")  # where it was loaded from and by what
+    public = {name: value for name, value in module.config.to_dict().items() if not name.startswith(passing)}
     digest = hashlib.sha256(json.dumps(public, sort_keys=True, default=str).encode())
     for name, parameter in sorted(module.named_parameters()):
         digest.update(f"{name} {tuple(parameter.shape)} {parameter.dtype}".encode())
@@ -194,8 +204,11 @@ def remember(folder: Path, key: str, compute: Callable[[], dict[str, Tensor]]) -
         if (found := _read(path, key)) is not None:
             return found
         say(f"{path}: damaged; the reference scores the data again")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UsageError(f"ref_logps_cache_dir: cannot be made: {error}") from error
     tensors = compute()
-    folder.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     save_file({name: x.contiguous() for name, x in tensors.items()}, temporary, {"key": key, "sum": _digest(tensors)})
     os.replace(temporary, path)

@@ -14,11 +14,12 @@ from tiny_models import write_jsonl
 
 from rlhf import dpo, reference
 from rlhf.checkpoint import CheckpointError
-from rlhf.config import DPOConfig
-from rlhf.data import load
+from rlhf.config import DPOConfig, UsageError
+from rlhf.data import load, plan
 from rlhf.model import ModelError, load_language_model
 from rlhf.read import DataError, Source
-from rlhf.reference import COLUMNS, completion_logps, fingerprint_of, remember
+from rlhf.reference import COLUMNS, completion_logps, fingerprint_of, load_policy, prepare, remember
+from rlhf.store import Examples
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -77,6 +78,21 @@ def test_a_resumed_run_never_asks_the_trained_policy(config, labelled, tmp_path,
     assert all(torch.equal(found[name], scored[0][name]) for found in scored for name in found)
 
 
+@pytest.mark.parametrize("kind", ["sigmoid", "kto"])
+def test_a_resumed_stream_asks_the_initial_weights(config, labelled, tmp_path, scored, kind):
+    """A stream cannot be scored beforehand: the reference is a copy of the policy, made before the checkpoint is read.
+    The rows are read more than twice."""
+    rows = {"dataset_name": [labelled]} if kind == "kto" else {}
+    more = {"dataset_streaming": True, "precompute_ref_log_probs": False, "eval_fraction": 0.0, "max_steps": 12}
+    config = replace(config, loss_type=kind, **rows, **more)
+    seen = losses(config, output_dir=str(tmp_path / "whole"))
+    assert seen[0] == pytest.approx(0.5 if kind == "kto" else 0.6931472, abs=1e-6) and seen[-1] < seen[0] - 0.03
+    with pytest.raises(SystemExit):
+        dpo.train(config, on_step=interrupt_at(3, terminate))
+    dpo.train(replace(config, resume="auto"))
+    assert outcome(Path(config.output_dir)) == outcome(tmp_path / "whole") and not scored
+
+
 @pytest.mark.parametrize("damage", ["cut", "bit", "empty", "foreign"])
 def test_a_damaged_file_is_computed_again(config, tmp_path, scored, capsys, damage):
     folder = str(tmp_path / "cache")
@@ -113,6 +129,47 @@ def test_a_shared_file_serves_every_run_that_it_fits(config, tmp_path, scored, t
     assert len(scored) == 4  # another seed holds out other rows
 
 
+def test_other_weights_of_datasets_pair_completions_anew(config, labelled, tmp_path, scored):
+    """The same rows and steps; KTO's mismatched completions are others."""
+    lines = Path(labelled).read_text(encoding="utf-8").splitlines(keepends=True)
+    names = [str(tmp_path / name) for name in ("a.jsonl", "b.jsonl")]
+    for name, half in zip(names, (lines[:20], lines[20:])):
+        Path(name).write_text("".join(half), encoding="utf-8")
+    config = replace(config, loss_type="kto", dataset_name=names, ref_logps_cache_dir=str(tmp_path / "cache"))
+    for i, weights in enumerate(([1.0, 2.0], [2.0, 1.0], [1.0, 2.0])):
+        losses(config, output_dir=str(tmp_path / str(i)), dataset_weights=weights)
+    assert len(scored) == 2 and torch.equal(scored[0]["data"], scored[1]["data"])
+    assert not torch.equal(scored[0]["kl"], scored[1]["kl"])
+
+
+def test_a_larger_tokenizer_is_another_reference(config, tiny_model, tmp_path, scored):
+    """Logits are cut to the ids that the tokenizer knows: one more in the same weights changes every probability."""
+    model = load_language_model(tiny_model, config)
+    model.module.resize_token_embeddings(model.vocab_size + 8, mean_resizing=False)
+    for name in ("a", "b"):
+        model.module.save_pretrained(tmp_path / name)
+        model.tokenizer.save_pretrained(tmp_path / name)
+        model.tokenizer.add_tokens(["another"])
+        run = {"model_name_or_path": str(tmp_path / name), "output_dir": str(tmp_path / f"run-{name}")}
+        first = losses(config, **run, max_steps=1, ref_logps_cache_dir=str(tmp_path / "cache"))
+        assert first == pytest.approx([0.6931472], abs=1e-6)
+    assert len(scored) == 2
+
+
+def test_a_folder_that_cannot_be_made_is_refused_before_the_scoring(config, pairs, scored):
+    with pytest.raises(UsageError, match="ref_logps_cache_dir: cannot be made: .*File exists"):
+        losses(config, ref_logps_cache_dir=pairs)
+    assert not scored
+
+
+def test_scored_rows_stay_in_flat_arrays(config):
+    policy, base = load_policy(config)
+    rows = load(Source.of(config), policy, config.form, config.max_length)
+    data, held_out = rows.split(config.eval_fraction, config.seed)
+    for part in prepare(config, base, data, held_out, plan(len(data), config.batch_size, 1.0, -1))[:2]:
+        assert isinstance(part.examples, Examples) and part.examples[0].columns["ref_chosen_logps"] < 0
+
+
 def test_columns_live_and_precomputed_agree(config, tiny_model, pairs, tmp_path, scored):
     """TRL's columns of rows are the reference where all rows have them."""
     known = losses(config, output_dir=str(tmp_path / "known"))
@@ -129,11 +186,15 @@ def test_columns_live_and_precomputed_agree(config, tiny_model, pairs, tmp_path,
     shifted = [row | {"ref_chosen_logps": row["ref_chosen_logps"] + 1} for row in with_columns]
     there = {"dataset_name": [write_jsonl(tmp_path / "shifted.jsonl", shifted)]}
     assert losses(config, output_dir=str(tmp_path / "shifted"), **there)[0] > 0.72
+    asked = losses(config, output_dir=str(tmp_path / "asked"), **there, precompute_ref_log_probs=False)
+    assert asked == pytest.approx(known, rel=1e-6)  # the way past them
     some = {"dataset_name": [write_jsonl(tmp_path / "some.jsonl", [*with_columns[:-1], rows[-1]])]}
     assert losses(config, output_dir=str(tmp_path / "some"), **some) == pytest.approx(known, rel=1e-6)
     assert len(scored) == 2
     with pytest.raises(DataError, match="ref_model_name_or_path: expected null, as every row has ref_chosen_logps"):
         losses(config, output_dir=str(tmp_path / "both"), **there, ref_model_name_or_path=tiny_model)
+    with pytest.raises(DataError, match="max_length: expected no row longer than 6 tokens, as ref_chosen_logps .* are"):
+        losses(config, output_dir=str(tmp_path / "cut"), **there, max_length=6)
     words = [row | {"ref_chosen_logps": "-3"} for row in with_columns]
     there = {"dataset_name": [write_jsonl(tmp_path / "words.jsonl", words)]}
     with pytest.raises(DataError, match="ref_rejected_logps: expected log-probabilities, got '-3'"):
@@ -194,10 +255,13 @@ def test_a_reference_of_another_vocabulary_is_refused(config, tmp_path):
         dpo.train(replace(config, ref_model_name_or_path=folder))
 
 
-def test_a_fingerprint_is_of_weights_and_configuration(config, tiny_model):
+def test_a_fingerprint_is_of_weights_and_configuration(config, tiny_model, monkeypatch):
     model = load_language_model(tiny_model, config).module
     before = fingerprint_of(model)
     assert before == fingerprint_of(load_language_model(tiny_model, replace(config, padding_free=False)).module)
+    with monkeypatch.context() as patch:
+        patch.setattr("transformers.configuration_utils.__version__", "0")
+        assert model.config.to_dict()["transformers_version"] == "0" and fingerprint_of(model) == before
     model.config.rms_norm_eps *= 2
     changed = fingerprint_of(model)
     with torch.no_grad():
