@@ -157,7 +157,7 @@ def test_a_larger_tokenizer_is_another_reference(config, tiny_model, tmp_path, s
 
 
 def test_a_folder_that_cannot_be_made_is_refused_before_the_scoring(config, pairs, scored):
-    with pytest.raises(UsageError, match="ref_logps_cache_dir: cannot be made: .*File exists"):
+    with pytest.raises(UsageError, match=r"ref_logps_cache_dir: cannot be made: .*File exists"):
         losses(config, ref_logps_cache_dir=pairs)
     assert not scored
 
@@ -193,7 +193,7 @@ def test_columns_live_and_precomputed_agree(config, tiny_model, pairs, tmp_path,
     assert len(scored) == 2
     with pytest.raises(DataError, match="ref_model_name_or_path: expected null, as every row has ref_chosen_logps"):
         losses(config, output_dir=str(tmp_path / "both"), **there, ref_model_name_or_path=tiny_model)
-    with pytest.raises(DataError, match="max_length: expected no row longer than 6 tokens, as ref_chosen_logps .* are"):
+    with pytest.raises(DataError, match=r"max_length: expected no row longer than 6 tokens, as ref_chosen_logps .*"):
         losses(config, output_dir=str(tmp_path / "cut"), **there, max_length=6)
     words = [row | {"ref_chosen_logps": "-3"} for row in with_columns]
     there = {"dataset_name": [write_jsonl(tmp_path / "words.jsonl", words)]}
