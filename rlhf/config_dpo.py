@@ -6,7 +6,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from rlhf.config_base import ConfigError, LoraFields, TrainConfig, is_given, require, require_each
+from rlhf.config_base import ConfigError, LoraFields, MemoryFields, TrainConfig, is_given, require, require_each
 
 LossType = Literal[
     "sigmoid", "hinge", "ipo", "robust", "exo_pair", "nca_pair", "bco_pair", "sppo_hard", "aot", "aot_unpaired",
@@ -24,7 +24,7 @@ ONLY_FOR = {  # fields that other types ignore
 
 
 @dataclass(frozen=True, kw_only=True)
-class DPOConfig(TrainConfig, LoraFields):
+class DPOConfig(TrainConfig, LoraFields, MemoryFields):
     loss_type: LossType = "sigmoid"
     """The loss: DPO (sigmoid) and 16 others of pairs chosen, rejected; kto and apo_zero_unpaired of completions with a
     label."""
@@ -84,6 +84,8 @@ class DPOConfig(TrainConfig, LoraFields):
         self._check_loss()
         self._check_reference()
         self.check_lora(self.use_peft, "use_peft")
+        if self.use_peft and self.optim == "adamw_bf16":
+            raise ConfigError("optim: expected adamw with use_peft, whose adapters are float32")
 
     def _check_loss(self) -> None:
         kind, smoothing = self.loss_type, self.label_smoothing

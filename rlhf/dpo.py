@@ -17,6 +17,7 @@ from rlhf.config import DPOConfig
 from rlhf.config_dpo import OVER_THE_BATCH
 from rlhf.data import Dataset, load, plan
 from rlhf.forward import response_hidden, token_logprobs
+from rlhf.layout import recomputing
 from rlhf.log import Run, say_how_logprobs_are_formed
 from rlhf.model import LanguageModel, check_context
 from rlhf.optim import StepGuard, make_optimizer, set_learning_rate
@@ -33,6 +34,7 @@ def train(
     on_step: Callable[[int, LanguageModel, dict[str, float]], None] | None = None,
 ) -> TrainResult:
     policy, base = load_policy(config)
+    modules = {"policy": policy.module}
     say_how_logprobs_are_formed(policy)
     check_context(policy, config.max_length, "max_length")
     rows = load(Source.of(config), policy, config.form, config.max_length)
@@ -41,7 +43,7 @@ def train(
     data, held_out, reference = prepare(config, base, data, held_out, windows)
     optimizer = make_optimizer([(policy.module, config.learning_rate)], config)
 
-    with Run(config, {"policy": policy.module}, optimizer, rows, len(windows), reference.identity) as run:
+    with Run(config, modules, optimizer, rows, len(windows), reference.identity) as run:
         guard = StepGuard(optimizer, [policy.module], config.max_grad_norm, run.state)
         for step in run.steps():
             examples = data.window(*windows[step], config.seed)
@@ -50,12 +52,13 @@ def train(
             theirs = None if reference.kl is None else reference.kl[slice(*windows[step])]
             targets = Targets.of(examples, policy, reference, theirs)
             losses, stats = [], []
-            for rows_of_part in whole_pairs(batch, config, policy.packed):
-                run.poll()
-                loss, found = loss_of_part(policy, batch.rows(rows_of_part), targets.rows(rows_of_part), config)
-                loss.backward()
-                losses.append(loss.detach())
-                stats.append(found)
+            with recomputing(modules, config):
+                for rows_of_part in whole_pairs(batch, config, policy.packed):
+                    run.poll()
+                    loss, found = loss_of_part(policy, batch.rows(rows_of_part), targets.rows(rows_of_part), config)
+                    loss.backward()
+                    losses.append(loss.detach())
+                    stats.append(found)
             loss = torch.stack(losses).sum()
             norm = guard.step(loss)
             metrics = dict(zip(("loss", "grad_norm"), torch.stack([loss, norm]).tolist()))

@@ -24,6 +24,7 @@ import rlhf_kernels
 from rlhf.config import DPOConfig, UsageError
 from rlhf.data import Dataset
 from rlhf.forward import token_logprobs
+from rlhf.layout import enable_checkpointing
 from rlhf.log import make_folder, say
 from rlhf.model import (
     LanguageModel,
@@ -33,6 +34,7 @@ from rlhf.model import (
     frozen_copy,
     load_language_model,
     same_vocabulary,
+    to_bfloat16,
     with_adapters,
 )
 from rlhf.read import DataError
@@ -66,7 +68,12 @@ class Reference:
 def load_policy(config: DPOConfig) -> tuple[LanguageModel, LanguageModel]:
     """(policy, what it starts from): the same model, or with LoRA the frozen one below the adapters."""
     base = load_language_model(config.model_name_or_path, config)
-    return (with_adapters(base, config), base) if config.use_peft else (base, base)
+    if config.optim == "adamw_bf16":
+        to_bfloat16(base.module)
+    policy = with_adapters(base, config) if config.use_peft else base
+    if config.gradient_checkpointing:
+        enable_checkpointing({"policy": policy.module})
+    return policy, base
 
 
 def prepare(

@@ -63,6 +63,7 @@ def test_a_field_of_another_type_is_refused(name):
         ({"precompute_ref_log_probs": False, "ref_logps_cache_dir": "c"}, "ref_logps_cache_dir: expected null witho"),
         ({"lora_r": 4}, "lora_r: expected its default without use_peft, got 4"),
         ({"lora_target_modules": "q_proj"}, "lora_target_modules: expected its default without use_peft, got ['q_pr"),
+        ({"use_peft": True, "optim": "adamw_bf16"}, "optim: expected adamw with use_peft, whose adapters are float32"),
         ({"eval_fraction": 1.0}, "eval_fraction: expected a number in [0, 1), got 1.0"),
         ({"max_length": 1}, "max_length: expected a number >= 2, got 1"),
         ({"undesirable_weight": -1.0, "loss_type": "kto"}, "undesirable_weight: expected a number >= 0, got -1.0"),

@@ -289,6 +289,48 @@ def test_adapters_alone_are_trained_and_written(kind, policies, ragged, tmp_path
 
 
 @pytest.mark.parametrize("kind", ["sigmoid", "kto"])
+@pytest.mark.parametrize("adapters", [False, True])
+def test_computing_activations_again_gives_the_same_weights(kind, adapters, policies, ragged, tmp_path, monkeypatch):
+    """In training passes alone, once more each: a reference and KTO's KL term take no gradient."""
+    weights, calls, load = [], [], dpo.load_policy
+
+    def watched(config):
+        policy, base = load(config)
+        layer = policy.module.model.layers[0].mlp
+        layer.register_forward_pre_hook(lambda *_: calls.append(torch.is_grad_enabled()))
+        return policy, base
+
+    monkeypatch.setattr(dpo, "load_policy", watched)
+    counts = []
+    for again in (False, True):
+        split = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2, "use_peft": adapters}
+        run = config_for(
+            policies, ragged, tmp_path / str(again), kind, gradient_checkpointing=again, max_steps=2, **split
+        )
+        train(run, on_step=lambda step, policy, _: weights.append([p.clone() for p in policy.module.parameters()]))
+        counts.append((calls.count(True), calls.count(False)))
+        calls.clear()
+    assert counts[0][0] == 4 and counts[1] == (8, counts[0][1])
+    assert all(torch.equal(a, b) for a, b in zip(weights[1], weights[3])) and len(weights[1]) > 10
+    assert any(not torch.equal(a, b) for a, b in zip(weights[0], weights[1]))
+
+
+@pytest.mark.parametrize("kind", ["sigmoid", "kto"])
+@pytest.mark.parametrize("known", [False, True])
+def test_weights_and_moments_in_bfloat16(kind, known, policies, ragged, tmp_path):
+    """The reference is the policy as it starts, rounded: the first loss is that of two models that are one."""
+    seen = []
+    config = config_for(
+        policies, ragged, tmp_path, kind, optim="adamw_bf16", learning_rate=1e-3, max_steps=8,
+        ref_model_name_or_path=None, precompute_ref_log_probs=known,
+    )  # fmt: skip
+    result = train(config, on_step=lambda step, policy, metrics: seen.append((policy, metrics["loss"])))
+    assert {p.dtype for p in seen[0][0].module.parameters()} == {torch.bfloat16}
+    assert seen[0][1] == pytest.approx(0.5 if kind == "kto" else math.log(2), abs=1e-5) and seen[-1][1] < seen[0][1]
+    assert load_language_model(str(result.final_dir), config).module.dtype == torch.float32
+
+
+@pytest.mark.parametrize("kind", ["sigmoid", "kto"])
 def test_host_syncs_do_not_grow_with_micro_batches(kind, policies, ragged, tmp_path, monkeypatch):
     """Loss and norm, the statistics, the guard, and KTO's KL term."""
     counts, steps, load = [], Run.steps, dpo.load_policy

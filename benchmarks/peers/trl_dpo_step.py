@@ -1,7 +1,7 @@
 """`.venv-peers/bin/python trl_dpo_step.py FOLDER RESULT`: the same steps by TRL's DPOTrainer.
 
 Imports nothing of this project. TRL's defaults but for what makes the work equal: float32, no gradient checkpointing
-(this trainer has none either), the order of the pairs, a constant learning rate, no saving.
+(off in this trainer unless asked for), the order of the pairs, a constant learning rate, no saving.
 """
 
 import itertools
