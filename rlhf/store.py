@@ -14,7 +14,7 @@ from rlhf.read import DataError, Source, Tally, content_of
 from rlhf.rows import Form
 from rlhf.tokens import Reader, TokenExample, file_examples
 
-FORMAT = 1  # of the cache, and of what rows become: another number is another cache
+FORMAT = 2  # of the cache, and of what rows become: another number is another cache
 
 
 class Examples(Sequence[TokenExample]):

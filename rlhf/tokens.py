@@ -91,12 +91,12 @@ def token_examples(
 def _cut(example: Example, tokens: TokenExample, form: Form, max_length: int, notes: Counter) -> Iterator[TokenExample]:
     """The example within max_length, or nothing where nothing is to be learnt from it."""
     prompt, completions = tokens.prompt, tokens.completions
+    kept_prompt, kept = (fit_steps if form == "steps" else fit)(prompt, completions, max_length)
     if tokens.counted == [] or (not example.prompt and not all(example.completions)):
         notes["dropped_empty"] += 1
-    elif form in ("preference", "ranking") and all(c == completions[0] for c in completions[1:]):
-        notes["dropped_identical"] += 1
+    elif form in ("preference", "ranking") and all(c == kept[0] for c in kept[1:]):
+        notes["dropped_identical"] += 1  # as given, or in what was kept of them
     else:
-        kept_prompt, kept = (fit_steps if form == "steps" else fit)(prompt, completions, max_length)
         notes["cut_prompts"] += len(kept_prompt) < len(prompt)
         notes["cut_completions"] += sum(map(len, kept)) < sum(map(len, completions))
         if form == "steps" and not kept:

@@ -269,6 +269,7 @@ def test_it_learns_what_is_preferred(kind, tiny_model, pairs, labelled, tmp_path
 @pytest.mark.parametrize("kind", ["sigmoid", "kto"])
 def test_adapters_alone_are_trained_and_written(kind, policies, ragged, tmp_path):
     """The reference is the model below the adapters, scored beforehand or asked at every step."""
+    pytest.importorskip("peft")
     outcomes = []
     for known in (True, False):
         config = config_for(
@@ -292,6 +293,8 @@ def test_adapters_alone_are_trained_and_written(kind, policies, ragged, tmp_path
 @pytest.mark.parametrize("adapters", [False, True])
 def test_computing_activations_again_gives_the_same_weights(kind, adapters, policies, ragged, tmp_path, monkeypatch):
     """In training passes alone, once more each: a reference and KTO's KL term take no gradient."""
+    if adapters:
+        pytest.importorskip("peft")
     weights, calls, load = [], [], dpo.load_policy
 
     def watched(config):
@@ -303,10 +306,9 @@ def test_computing_activations_again_gives_the_same_weights(kind, adapters, poli
     monkeypatch.setattr(dpo, "load_policy", watched)
     counts = []
     for again in (False, True):
-        split = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2, "use_peft": adapters}
-        run = config_for(
-            policies, ragged, tmp_path / str(again), kind, gradient_checkpointing=again, max_steps=2, **split
-        )
+        changes = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2, "max_steps": 2}
+        changes |= {"use_peft": adapters, "gradient_checkpointing": again}
+        run = config_for(policies, ragged, tmp_path / str(again), kind, **changes)
         train(run, on_step=lambda step, policy, _: weights.append([p.clone() for p in policy.module.parameters()]))
         counts.append((calls.count(True), calls.count(False)))
         calls.clear()
