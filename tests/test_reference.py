@@ -255,6 +255,16 @@ def test_a_reference_of_another_vocabulary_is_refused(config, tmp_path):
         dpo.train(replace(config, ref_model_name_or_path=folder))
 
 
+@pytest.mark.parametrize("known", [False, True])
+def test_a_reference_of_fewer_positions_is_refused(config, tiny_model, tmp_path, known):
+    model = load_language_model(tiny_model, config)
+    model.module.config.max_position_embeddings = 8
+    model.module.save_pretrained(tmp_path / "short")
+    model.tokenizer.save_pretrained(tmp_path / "short")
+    with pytest.raises(ModelError, match="max_length: 16 tokens are more than the 8 positions"):
+        losses(config, ref_model_name_or_path=str(tmp_path / "short"), precompute_ref_log_probs=known)
+
+
 def test_a_fingerprint_is_of_weights_and_configuration(config, tiny_model, monkeypatch):
     model = load_language_model(tiny_model, config).module
     before = fingerprint_of(model)

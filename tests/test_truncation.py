@@ -95,6 +95,15 @@ def test_a_pair_is_cut_by_its_longer_side_alone(reader):
     assert [len(completion) for completion in data.examples[0].completions] == [4, 4]
 
 
+def test_completions_that_differ_where_they_are_cut_are_dropped(reader):
+    """No loss of pairs learns from them but by its NLL term: both are the same tokens."""
+    more = {"prompt": "the film", "chosen": f"{' very' * 9} good", "rejected": f"{' very' * 9} bad"}
+    for form in ("preference", "ranking"):
+        data = read(reader, form, 8, **more)
+        assert len(data) == 0 and data.notes == {"rows": 1, "dropped_identical": 1}
+        assert len(read(reader, form, 12, **more)) == 1
+
+
 @pytest.mark.parametrize("completion", [" was very good", " was very good <|eos|>", " was <|eos|> good", ""])
 def test_an_end_stands_once_and_not_on_what_was_cut(reader, completion):
     eos = reader.eos_ids[0]
