@@ -7,7 +7,6 @@ the learning rate), the trainer's own numbers and the configuration.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import random
@@ -23,6 +22,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from rlhf.config import TrainConfig, TrainingDiverged, UsageError
+from rlhf.files import sum_of
 
 # What may differ between a run and its continuation.
 FREE_FIELDS = {
@@ -152,11 +152,7 @@ class replacing:
 
 
 def _measure(file: Path) -> list:
-    digest = hashlib.sha256()
-    with file.open("rb") as stream:
-        while block := stream.read(1 << 20):
-            digest.update(block)
-    return [file.stat().st_size, digest.hexdigest()]
+    return [file.stat().st_size, sum_of(file)]
 
 
 def _sync(path: Path) -> None:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import csv
 import gzip
-import hashlib
 import io
 import json
 import zlib
@@ -20,6 +19,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from rlhf.config import TrainConfig, UsageError
+from rlhf.files import sum_of
 
 KINDS = (".txt", ".jsonl", ".json", ".csv", ".parquet")
 PACKED = ("", ".gz", ".zst")
@@ -136,22 +136,14 @@ def content_of(name: str, split: str, streaming: bool = False) -> list[str]:
     the name where it is not to be loaded."""
     path = Path(name)
     if path.exists():
-        files = sorted(file for file in path.rglob("*") if file.is_file()) if path.is_dir() else [path]
-        return [split, *(f"{kind_of(file.name)} {_sum_of(file)}" for file in files)]
+        try:
+            files = sorted(file for file in path.rglob("*") if file.is_file()) if path.is_dir() else [path]
+            return [split, *(f"{kind_of(file.name)} {sum_of(file)}" for file in files)]
+        except OSError as error:
+            raise DataError(f"{name}: cannot be read: {error}") from error
     if streaming or not name or kind_of(name):
         return [split, name]
     return [split, name, _table(name, split, False)._fingerprint]
-
-
-def _sum_of(path: Path) -> str:
-    digest = hashlib.sha256()
-    try:
-        with path.open("rb") as file:
-            while block := file.read(1 << 20):
-                digest.update(block)
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read: {error}") from error
-    return digest.hexdigest()
 
 
 def read_text(path: str) -> str:

@@ -10,19 +10,17 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import os
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 import rlhf_kernels
 from rlhf.config import DPOConfig, UsageError
 from rlhf.data import Dataset
+from rlhf.files import bytes_of, keep, kept
 from rlhf.forward import token_logprobs
 from rlhf.layout import enable_checkpointing
 from rlhf.log import make_folder, say
@@ -200,7 +198,7 @@ def fingerprint_of(module: nn.Module) -> str:
     digest = hashlib.sha256(json.dumps(public, sort_keys=True, default=str).encode())
     for name, parameter in sorted(module.named_parameters()):
         digest.update(f"{name} {tuple(parameter.shape)} {parameter.dtype}".encode())
-        digest.update(_bytes(parameter))
+        digest.update(bytes_of(parameter))
     return digest.hexdigest()
 
 
@@ -208,7 +206,7 @@ def remember(folder: Path, key: str, compute: Callable[[], dict[str, Tensor]]) -
     """What was computed under this key, from the file that holds it; else computed now and written, whole or not."""
     path = folder / f"reference-{key[:16]}.safetensors"
     if path.exists():
-        if (found := _read(path, key)) is not None:
+        if (found := kept(path, key)) is not None:
             return found
         say(f"{path}: damaged; the reference scores the data again")
     try:
@@ -216,27 +214,8 @@ def remember(folder: Path, key: str, compute: Callable[[], dict[str, Tensor]]) -
     except OSError as error:
         raise UsageError(f"ref_logps_cache_dir: cannot be made: {error}") from error
     tensors = compute()
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    save_file({name: x.contiguous() for name, x in tensors.items()}, temporary, {"key": key, "sum": _digest(tensors)})
-    os.replace(temporary, path)
-    return tensors
-
-
-def _read(path: Path, key: str) -> dict[str, Tensor] | None:
     try:
-        with safe_open(path, "pt") as file:
-            tensors, about = {name: file.get_tensor(name) for name in file.keys()}, file.metadata()  # noqa: SIM118
-    except (OSError, SafetensorError):
-        return None
-    return tensors if about == {"key": key, "sum": _digest(tensors)} else None
-
-
-def _digest(tensors: dict[str, Tensor]) -> str:
-    digest = hashlib.sha256()
-    for name in sorted(tensors):
-        digest.update(name.encode() + _bytes(tensors[name]))
-    return digest.hexdigest()
-
-
-def _bytes(tensor: Tensor) -> bytes:
-    return tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()
+        keep(path, key, tensors)
+    except OSError as error:
+        raise UsageError(f"ref_logps_cache_dir: cannot be written: {error}") from error
+    return tensors

@@ -4,19 +4,24 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from array import array
 from collections.abc import Iterable, Sequence
-from contextlib import suppress
 from functools import cache
 from itertools import pairwise
 from pathlib import Path
 
+import numpy
+import torch
+
+from rlhf.files import bytes_of, keep, kept
 from rlhf.read import DataError, Source, Tally, content_of
 from rlhf.rows import Form
 from rlhf.tokens import Reader, TokenExample, file_examples
 
 CODE = ("read.py", "chat.py", "rows.py", "tokens.py", "store.py")  # by which rows become what is kept
+
+
+DTYPES = {"tokens": "int32", "ends": "int64", "lasts": "int64"}  # of the arrays of Examples
 
 
 class Examples(Sequence[TokenExample]):
@@ -71,11 +76,11 @@ def stored_examples(
     if source.cache_dir is None or not reader.tokenizer.is_fast:
         return Examples(file_examples(name, source, reader, form, max_length, tally))
     key = [_code(), content_of(name, source.split), state_of(reader), form, max_length, source.on_bad_row]
-    path = Path(source.cache_dir) / f"{hashlib.sha256(json.dumps(key, default=str).encode()).hexdigest()}.safetensors"
-    own = Tally(source.on_bad_row)
-    if (examples := read(path, own)) is None:
+    key = hashlib.sha256(json.dumps(key, default=str).encode()).hexdigest()
+    path, own = Path(source.cache_dir) / f"{key}.safetensors", Tally(source.on_bad_row)
+    if (examples := read(path, key, own)) is None:
         examples = Examples(file_examples(name, source, reader, form, max_length, own))
-        write(path, examples, own)
+        write(path, key, examples, own)
     tally.add(own)
     return examples
 
@@ -100,56 +105,29 @@ def state_of(reader: Reader) -> list:
     ]  # fmt: skip
 
 
-def write(path: Path, examples: Examples, tally: Tally) -> None:
-    """The file, whole or not at all; none where a column holds what JSON does not give back (a date, an image)."""
-    import numpy
-    from safetensors import SafetensorError
-    from safetensors.numpy import save_file
-
+def write(path: Path, key: str, examples: Examples, tally: Tally) -> None:
+    """The file; none where a column holds what JSON does not give back (a date, an image)."""
     try:
         record = json.dumps([examples.others, tally.notes, tally.reasons])
     except TypeError:
         return
     if json.loads(record)[0] != examples.others:
         return
-    arrays = {name: numpy.frombuffer(getattr(examples, name), dtype) for name, dtype in DTYPES.items()}
-    arrays["record"] = numpy.frombuffer(record.encode(), "uint8")
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    tensors = {name: torch.tensor(numpy.frombuffer(getattr(examples, name), dtype)) for name, dtype in DTYPES.items()}
+    tensors["record"] = torch.frombuffer(bytearray(record.encode()), dtype=torch.uint8)
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        save_file(arrays, temporary, {"sha256": _digest(arrays)})
-        os.replace(temporary, path)
-    except (OSError, SafetensorError) as error:  # of a full disk either
-        with suppress(OSError):
-            temporary.unlink()
+        keep(path, key, tensors)
+    except OSError as error:
         raise DataError(f"dataset_cache_dir: cannot be written: {error}") from error
 
 
-def read(path: Path, tally: Tally) -> Examples | None:
+def read(path: Path, key: str, tally: Tally) -> Examples | None:
     """What was written, or None where it is not there or damaged."""
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        with safe_open(path, "numpy") as file:
-            arrays, metadata = {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
-    except (OSError, SafetensorError):
-        return None
-    if metadata.get("sha256") != _digest(arrays):
+    if (tensors := kept(path, key)) is None:
         return None
     examples = Examples()
     for name in DTYPES:
-        getattr(examples, name).frombytes(arrays[name].tobytes())
-    examples.others, notes, tally.reasons = json.loads(arrays["record"].tobytes())
+        getattr(examples, name).frombytes(bytes_of(tensors[name]))
+    examples.others, notes, tally.reasons = json.loads(bytes_of(tensors["record"]))
     tally.notes.update(notes)
     return examples
-
-
-DTYPES = {"tokens": "int32", "ends": "int64", "lasts": "int64"}
-
-
-def _digest(arrays: dict) -> str:
-    digest = hashlib.sha256()
-    for name in sorted(arrays):
-        digest.update(f"{name} {arrays[name].dtype} {arrays[name].size} ".encode())
-        digest.update(arrays[name])
-    return digest.hexdigest()

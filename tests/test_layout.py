@@ -12,8 +12,8 @@ NATIVE = (".cpp", ".cu", ".h", ".cuh")
 
 # Each file of the trainer imports only from files above it.
 TRAINER = (
-    "config_base", "config_dpo", "config_ppo", "config_reward", "config_eval", "config", "types", "order", "read",
-    "chat", "rows", "tokens", "store", "data", "attention", "model", "forward", "rollout", "reward", "optim",
+    "config_base", "config_dpo", "config_ppo", "config_reward", "config_eval", "config", "types", "order", "files",
+    "read", "chat", "rows", "tokens", "store", "data", "attention", "model", "forward", "rollout", "reward", "optim",
     "checkpoint", "track", "log", "layout", "advantages", "comparisons", "losses", "evaluation", "best_of_n", "watch",
     "sft", "bag_of_words", "reward_report", "reward_model", "reference", "dpo", "ppo", "memory", "init", "generate",
     "eval", "env", "task", "demo", "study_report", "study", "cli", "__main__",

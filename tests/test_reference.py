@@ -156,6 +156,13 @@ def test_a_larger_tokenizer_is_another_reference(config, tiny_model, tmp_path, s
     assert len(scored) == 2
 
 
+def test_a_file_that_cannot_be_written_is_one_error(tmp_path):
+    (tmp_path / f"reference-{'k' * 16}.safetensors" / "in the way").mkdir(parents=True)
+    with pytest.raises(UsageError, match=r"^ref_logps_cache_dir: cannot be written: "):
+        remember(tmp_path, "k" * 64, lambda: {"data": torch.zeros(2, 3)})
+    assert len(list(tmp_path.iterdir())) == 1
+
+
 def test_a_folder_that_cannot_be_made_is_refused_before_the_scoring(config, pairs, scored):
     with pytest.raises(UsageError, match=r"ref_logps_cache_dir: cannot be made: .*File exists"):
         losses(config, ref_logps_cache_dir=pairs)
