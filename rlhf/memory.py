@@ -29,7 +29,7 @@ from rlhf.layout import Models, enable_checkpointing, load_models, recomputing
 from rlhf.losses import ppo_losses
 from rlhf.model import choose_device
 from rlhf.ppo import update
-from rlhf.rollout import draw
+from rlhf.rollout import draw, new_cache
 from rlhf.types import Experience, SequenceBatch
 
 MOMENTS = 2  # AdamW's, each of its parameter's size and dtype
@@ -268,12 +268,10 @@ def _experience(config: PPOConfig, count: int, device: torch.device) -> Experien
 @torch.no_grad()
 def _rollout(models: Models, config: PPOConfig, mode: FakeTensorMode, device: torch.device) -> tuple[int, int]:
     """(keys and values, what else is there at the most) of a whole batch: the prompts, and the last token."""
-    from transformers import DynamicCache
-
     policy, size, width = models.policy, config.batch_size, config.max_prompt_length
     total = width + config.response_length
     with mode, policy.autocast(), Tracker(_gaps(device)) as tracker:
-        padding, cache = torch.zeros(size, dtype=torch.long, device=device), DynamicCache()
+        padding, cache = torch.zeros(size, dtype=torch.long, device=device), new_cache(total)
         uniform = torch.zeros(size, 1, dtype=torch.float64, device=device)
 
         def step(inputs: dict[str, Tensor]) -> None:
@@ -288,7 +286,7 @@ def _rollout(models: Models, config: PPOConfig, mode: FakeTensorMode, device: to
             step({"input_ids": between, "position_ids": between, "attention_mask": seen})
         tracker.peak = tracker.taken
         step(decode_inputs(padding, padding, total - 1))
-    held = sum(x.nbytes for layer in cache.layers for x in (layer.keys, layer.values))
+    held = sum(x.nbytes for layer in cache.layers for x in layer.held)
     return held, max(first, tracker.peak) - held
 
 

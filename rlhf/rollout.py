@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
 
 import torch
 from torch import Tensor
@@ -79,15 +78,13 @@ def _sample(
 ) -> Tensor:  # (B, new tokens)
     """Token by token over the model's own cache. Every CHECK tokens the host learns which rows have ended, and those
     leave the batch once they are a quarter of it: responses of different lengths cost what their tokens cost."""
-    from transformers import Cache
-
     count, width, device = *ids.shape, ids.device
     generator = torch.Generator(device).manual_seed(seed)
     stops = torch.tensor(model.eos_ids, dtype=torch.long).to(device, non_blocking=True)
     new_ids = torch.full((count, sampling.max_new_tokens), model.pad_id, device=device)
     rows = torch.arange(count, device=device)  # which are still in the batch
     ended, finite = torch.zeros(count, dtype=torch.bool, device=device), torch.ones((), dtype=torch.bool, device=device)
-    held = Cache(layer_class_to_replicate=growing_layer())
+    held = new_cache(width + sampling.max_new_tokens)
     inputs = prefill_inputs(ids, padding)
     for t in range(sampling.max_new_tokens):
         output = model.module(**inputs, past_key_values=held, use_cache=True, **only(model.module, 1))
@@ -113,9 +110,10 @@ def _sample(
     return new_ids
 
 
-@cache
-def growing_layer() -> type:
-    """A layer of a cache with room for tokens to come; transformers' own copies all that it holds for each of them."""
+def new_cache(most: int):
+    """Keys and values of up to `most` tokens, with room for those to come; transformers' own layers copy all that they
+    hold for each token."""
+    from transformers import Cache
     from transformers.cache_utils import DynamicLayer
 
     class GrowingLayer(DynamicLayer):
@@ -126,8 +124,11 @@ def growing_layer() -> type:
                 self.lazy_initialization(keys, values)
                 self.held = [x[:, :, :0] for x in (keys, values)]
             if stop > self.held[0].shape[2]:
-                self.held = [torch.cat([x[:, :, :start], x.new_empty(*y.shape[:2], stop - start + ROOM, y.shape[3])], 2)
-                             for x, y in zip(self.held, (keys, values))]  # fmt: skip
+                wider = max(stop, min(stop + ROOM, most)) - start
+                pairs = zip(self.held, (keys, values))
+                self.held = [
+                    torch.cat([x[:, :, :start], y.new_empty(*y.shape[:2], wider, y.shape[3])], 2) for x, y in pairs
+                ]
             for held, new in zip(self.held, (keys, values)):
                 held[:, :, start:stop] = new
             self.keys, self.values = (held[:, :, :stop] for held in self.held)
@@ -137,7 +138,7 @@ def growing_layer() -> type:
             stop, self.held = self.get_seq_length(), [held[indices] for held in self.held]
             self.keys, self.values = (held[:, :, :stop] for held in self.held)
 
-    return GrowingLayer
+    return Cache(layer_class_to_replicate=GrowingLayer)
 
 
 def draw(
