@@ -57,8 +57,6 @@ class SFTConfig(TrainConfig, SupervisedFields, LoraFields, MemoryFields):
         self.check_lora(self.use_peft, "use_peft")
         if self.eval_steps and not self.eval_fraction:
             raise ConfigError("eval_steps: expected eval_fraction > 0 beside it, which holds out the rows")
-        if self.use_peft and self.optim == "adamw_bf16":
-            raise ConfigError("optim: expected adamw with use_peft, whose adapters are float32")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -150,6 +150,8 @@ class LoraFields:
     def check_lora(self, used: bool, by: str) -> None:
         """`by` is what asks for adapters."""
         require_each(self, "a number >= 1", lambda v: v >= 1, "lora_r lora_alpha")
+        if used and getattr(self, "optim", "adamw") == "adamw_bf16":
+            raise ConfigError(f"optim: expected adamw with {by}, whose adapters are float32")
         for entry in () if used else fields(LoraFields):
             if is_given(self, entry.name):
                 raise ConfigError(f"{entry.name}: expected its default without {by}, got {getattr(self, entry.name)!r}")

@@ -84,8 +84,6 @@ class DPOConfig(TrainConfig, LoraFields, MemoryFields):
         self._check_loss()
         self._check_reference()
         self.check_lora(self.use_peft, "use_peft")
-        if self.use_peft and self.optim == "adamw_bf16":
-            raise ConfigError("optim: expected adamw with use_peft, whose adapters are float32")
 
     def _check_loss(self) -> None:
         kind, smoothing = self.loss_type, self.label_smoothing

@@ -180,8 +180,6 @@ class PPOConfig(TrainConfig, RewardFields, LoraFields, MemoryFields):
                 "value_model_path: expected null with memory_layout shared_value, which has no value model"
             )
         self.check_lora(self.has("lora"), "memory_layout lora")
-        if self.has("lora") and self.optim == "adamw_bf16":
-            raise ConfigError("optim: expected adamw with memory_layout lora, whose adapters are float32")
 
     def _check_algorithm(self) -> None:
         if self.kl_target is not None:  # one update changes the coefficient by up to a fifth of batch_size / kl_horizon

@@ -26,12 +26,11 @@ from rlhf.config import EvalConfig, UsageError
 from rlhf.config_eval import NEEDS, Metric
 from rlhf.data import Dataset, load
 from rlhf.evaluation import in_batches, mean_parts, read_prompts, respond, response_kl, standard_error, wins
-from rlhf.forward import sequence_scores
+from rlhf.forward import score_sequences
 from rlhf.log import refuse_training_run, save_config, say, show_table
 from rlhf.model import (
     LanguageModel,
     ModelError,
-    Scorer,
     check_context,
     choose_device,
     frozen,
@@ -156,8 +155,8 @@ def of_reward(subject: Subject) -> Figures:
     for number, path in enumerate(config.reward_model_path, start=1):
         scorer = frozen(load_scorer(path, config), config)
         data = subject.rows(scorer, "preference")
-        scores = scores_of(scorer, sides_of(data), config.budget)
-        margins = torch.sub(*scores.view(-1, 2).unbind(1))
+        batch = collate(sides_of(data), scorer, completion_only=True)
+        margins = torch.sub(*score_sequences(scorer, batch, *config.budget).cpu().view(-1, 2).unbind(1))
         name = "" if number == 1 else f"model_{number}/"
         found |= with_error(f"{name}accuracy", (margins > 0).float()) | with_error(f"{name}margin", margins)
         found |= {f"{name}ties": int((margins == 0).sum()), f"{name}pairs": len(data)}
@@ -167,14 +166,6 @@ def of_reward(subject: Subject) -> Figures:
 def sides_of(data: Dataset) -> list[TokenExample]:
     """chosen, rejected of the first pair, then of the next."""
     return [replace(e, completions=[side]) for e in data.examples for side in e.completions]
-
-
-def scores_of(scorer: Scorer, examples: list[TokenExample], budget: tuple[int, int | None]) -> Tensor:  # (N,)
-    batch = collate(examples, scorer, completion_only=True)
-    scores = torch.zeros(len(batch))
-    for rows in batch.micro_batches(*budget, scorer.packed):
-        scores[rows] = sequence_scores(scorer, batch.rows(rows)).cpu()
-    return scores
 
 
 def of_preference(subject: Subject) -> Figures:

@@ -109,6 +109,19 @@ def sequence_scores(model: Scorer, batch: SequenceBatch) -> Tensor:  # (B,), at 
     return token_scores(model, batch)[batch.last_tokens]
 
 
+@torch.no_grad()
+def score_sequences(
+    model: Scorer,
+    batch: SequenceBatch,
+    sequences: int,  # in one forward pass, or
+    tokens: int | None,
+) -> Tensor:  # (B,)
+    scores = torch.zeros(len(batch), device=model.device)
+    for rows in batch.micro_batches(sequences, tokens, model.packed):
+        scores[rows.to(model.device)] = sequence_scores(model, batch.rows(rows))
+    return scores
+
+
 def token_scores(model: Scorer, batch: SequenceBatch) -> Tensor:  # (N,) float32
     """The one reward at every token: of a model with several objectives, the weighted sum of their scores."""
     scores, weights = objective_scores(model, batch), getattr(model.module.config, "objective_weights", None)

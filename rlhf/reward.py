@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from rlhf.config import EvalConfig, PPOConfig, UsageError
-from rlhf.forward import sequence_scores, token_scores
+from rlhf.forward import score_sequences, token_scores
 from rlhf.model import LanguageModel, Scorer, frozen, load_scorer, same_vocabulary
 from rlhf.types import Rollout, SequenceBatch, pad_sequences
 
@@ -231,13 +231,9 @@ def model_reward(
     """A reward model in its own tokens: text goes through both tokenizers unless they are the same."""
     shared = same_vocabulary(scorer, policy)
 
-    @torch.no_grad()
     def score(rollout: Rollout) -> Tensor:
         sequences = rollout.sequences if shared else _retokenize(scorer, rollout)
-        scores = torch.zeros(len(sequences), device=scorer.device)
-        for rows in sequences.micro_batches(batch_size, tokens, scorer.packed):
-            scores[rows.to(scorer.device)] = sequence_scores(scorer, sequences.rows(rows))
-        return _finite(name, scores.cpu(), rollout)
+        return _finite(name, score_sequences(scorer, sequences, batch_size, tokens).cpu(), rollout)
 
     return Reward(name, score, scorer=scorer, reader=scorer if shared else None)
 

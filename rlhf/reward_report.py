@@ -20,6 +20,7 @@ from rlhf.bag_of_words import baseline_margins
 from rlhf.comparisons import Judged, score_rows
 from rlhf.config import RewardConfig
 from rlhf.data import Dataset
+from rlhf.evaluation import wins
 from rlhf.log import say
 from rlhf.model import Scorer
 
@@ -56,7 +57,7 @@ class Margins:
     @property
     def hits(self) -> Tensor:
         """1 in the right order, 0 in the wrong one, a half for a tie."""
-        return (self.values > 0).double() + (self.values == 0).double() / 2
+        return wins(self.values, torch.zeros_like(self.values)).double()
 
     def accuracy(self) -> dict[str, float]:
         mean, error = self.mean(self.hits)
@@ -87,8 +88,8 @@ def evaluate(rows: list[Judged], scores: list[Tensor], config: RewardConfig) -> 
     else:
         found["pairs"] = len(margins.values)
     for head, name in enumerate(config.objectives):
-        if len(part := margins.only(margins.objectives == head).values):
-            found[f"accuracy/{name}"] = float(((part > 0).double() + (part == 0).double() / 2).mean())
+        if len(hits := margins.only(margins.objectives == head).hits):
+            found[f"accuracy/{name}"] = float(hits.mean())
     return {f"eval/{name}": value for name, value in found.items()}
 
 
