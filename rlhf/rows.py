@@ -54,7 +54,8 @@ def parse(where: str, row: dict, form: Form, tokenizer) -> Example:
         row["ranking"] = [row.pop("chosen"), row.pop("rejected")]
     missing = [name for name in ("prompt", *answers) if name not in row]
     if missing:
-        raise DataError(f"{where}: expected the column {missing[0]!r}, got {', '.join(row) or 'an empty row'}")
+        wanted = f"{missing[0]!r}" + ", or 'chosen' and 'rejected'" * (missing[0] == "ranking")
+        raise DataError(f"{where}: expected the column {wanted}, got {', '.join(row) or 'an empty row'}")
     if not answers and derived and not row["prompt"]:
         raise DataError(f"{where}: no prompt to continue: give rows with a column `prompt`, or messages of the user")
     kind = list if isinstance(row["prompt"], list) else str

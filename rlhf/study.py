@@ -2,8 +2,8 @@
 
 The task, the SFT model and the reward model are the demo's. The proxy is that reward model as it is: on 4,000 pairs it
 is good enough that any KL penalty from 0.05 up keeps PPO honest, and without one it is taken apart within 60 steps
-(gold 1.7 at 2.4 nats, -3.4 at 61, while the proxy rises from 1.1 to 1.3), so no weaker one is trained. It hangs on
-the reward model: one that differed in rounding alone held at 1.9 and 14 nats, and fell to 0.0 in a run of 140 steps.
+(gold 1.7 at 2.4 nats, -3.4 at 61, while the proxy rises from 1.1 to 1.3), so no weaker one is trained. How soon hangs
+on the reward model: another, which differed in rounding alone, held through the 60 steps.
 """
 
 from __future__ import annotations

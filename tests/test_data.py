@@ -272,7 +272,7 @@ def test_a_row_is_read_in_the_form_that_a_command_asks_for():
     [
         ("ranking", {"ranking": ["b"]}, "f:1: ranking: expected a list of at least 2"),
         ("ranking", {"ranking": ["b", 3]}, "f:1: ranking[1]: expected text, got 3"),
-        ("ranking", {"completion": "b"}, "f:1: expected the column 'ranking'"),
+        ("ranking", {"completion": "b"}, "f:1: expected the column 'ranking', or 'chosen' and 'rejected', got "),
         ("unpaired", {"completion": "b", "label": 1}, "f:1: label: expected true (desired) or false, got 1"),
         ("steps", {"completions": [], "labels": []}, "f:1: completions: expected a list of at least 1"),
         ("steps", {"completions": ["b"], "labels": [True, False]}, "f:1: labels: expected 1 of true and false"),
