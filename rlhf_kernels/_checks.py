@@ -111,3 +111,15 @@ def number(
     if (low is not None and value < low) or (high is not None and value > high):
         bounds = f">= {low}" if high is None else f"in [{'-inf' if low is None else low}, {high}]"
         raise ValueError(f"{name}: expected a number {bounds}, got {value}")
+
+
+def scalar(
+    name: str, value: float | Tensor | None, other_name: str, other: Tensor, *, above: float | None = None
+) -> None:
+    """None, a number (above a bound) or a 0-dim tensor beside another one, whose value is not looked at."""
+    if isinstance(value, Tensor):
+        if value.dim() != 0:
+            raise ValueError(f"{name}: expected a number or a 0-dim tensor, got shape {tuple(value.shape)}")
+        same_device(name, value, other_name, other)
+    elif value is not None:
+        number(name, value, above=above)

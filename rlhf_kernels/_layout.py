@@ -21,6 +21,13 @@ def prepare(tensor: Tensor | None, dtype: torch.dtype | None = None) -> Tensor |
     return (tensor if dtype is None else tensor.to(dtype)).contiguous()
 
 
+def as_scalar(value: float | Tensor | None, dtype: torch.dtype, device: torch.device) -> Tensor | None:  # ()
+    """A constant of a loss: no gradient goes into it."""
+    if value is None or isinstance(value, Tensor):
+        return None if value is None else prepare(value.detach(), dtype)
+    return torch.full((), float(value), dtype=dtype, device=device)
+
+
 def check_cu_seqlens(cu_seqlens: Tensor | None, n_tokens: int) -> None:
     """Refuses bounds that do not run from 0 to N without falling; on the CPU only, where looking is free."""
     if type(cu_seqlens) is not Tensor or cu_seqlens.device.type != "cpu":  # None, or the compiler's stand-in

@@ -4,10 +4,44 @@ host sync."""
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+
+@dataclass(frozen=True)
+class _Stats:
+    """Sums with a name each. A view is what `_means` makes of one: a 0-dim device tensor."""
+
+    sums: Tensor  # (FIELDS,) float64
+
+    FIELDS: ClassVar[tuple[str, ...]] = ()
+    HIDDEN: ClassVar[tuple[str, ...]] = ()  # which have no view
+
+    def __add__(self, other):
+        """The statistics of both batches together."""
+        return type(self)(self.sums + other.sums)
+
+    def all_reduce_(self, group: dist.ProcessGroup | None = None):
+        """Merges the ranks of a process group in place, on the device."""
+        dist.all_reduce(self.sums, group=group)
+        return self
+
+    def _means(self) -> Tensor:
+        raise NotImplementedError
+
+    def as_dict(self) -> dict[str, float]:
+        """Every view as a Python number: one host sync."""
+        return {name: x for name, x in zip(self.FIELDS, self._means().tolist()) if name not in self.HIDDEN}
+
+    def __getattr__(self, name: str) -> Tensor:
+        views = [field for field in self.FIELDS if field not in self.HIDDEN]
+        if name not in views:
+            raise AttributeError(f"{type(self).__name__} has no view {name!r}; it has {', '.join(views)}")
+        return self._means()[self.FIELDS.index(name)]
+
 
 # The first four are sums with the weights of the reduction, to be divided by `units` (tokens or sequences; 0 for
 # reduction="sum"); those between tokens and ratio_max are sums over tokens.
@@ -20,7 +54,7 @@ _UNITS, _TOKENS, _MAX = PPO_FIELDS.index("units"), PPO_FIELDS.index("tokens"), l
 
 
 @dataclass(frozen=True)
-class PPOStats:
+class PPOStats(_Stats):
     """Statistics of `ppo_loss`. Views are 0-dim device tensors; `as_dict()` reads all of them with one transfer.
 
     policy_loss, value_loss, entropy, kl: as the reduction reduces them, so that loss is their combination
@@ -28,7 +62,8 @@ class PPOStats:
     old_logprobs; the fractions say how often each clip decided the loss. A batch with no counted token gives zeros.
     """
 
-    sums: Tensor  # (13,) float64, PPO_FIELDS
+    FIELDS: ClassVar = PPO_FIELDS  # (13,) float64
+    HIDDEN: ClassVar = ("units",)
 
     def __add__(self, other: PPOStats) -> PPOStats:
         """The statistics of both batches together."""
@@ -60,82 +95,35 @@ class PPOStats:
         means[_MAX] = self.sums[_MAX]
         return means
 
-    def as_dict(self) -> dict[str, float]:
-        """Every view as a Python number: one host sync."""
-        return {name: value for name, value in zip(PPO_FIELDS, self._means().tolist()) if name != "units"}
-
-    def __getattr__(self, name: str) -> Tensor:
-        if name not in PPO_FIELDS or name == "units":
-            raise AttributeError(
-                f"PPOStats has no view {name!r}; it has {', '.join(f for f in PPO_FIELDS if f != 'units')}"
-            )
-        return self._means()[PPO_FIELDS.index(name)]
-
 
 DPO_FIELDS = ("chosen_rewards", "rejected_rewards", "margins", "accuracy", "logps_chosen", "logps_rejected", "pairs")
 
 
 @dataclass(frozen=True)
-class DPOStats:
+class DPOStats(_Stats):
     """Statistics of `dpo_loss`: means over pairs, 0-dim device tensors; `as_dict()` reads all with one transfer.
 
     A reward is beta * (logp - ref_logp), without the reference where the loss takes none, and of mean log-probabilities
     for simpo and orpo. accuracy is how often the chosen reward is the larger; logps are sums over sequences.
     """
 
-    sums: Tensor  # (7,) float64, DPO_FIELDS
-
-    def __add__(self, other: DPOStats) -> DPOStats:
-        """The statistics of both batches together."""
-        return DPOStats(self.sums + other.sums)
-
-    def all_reduce_(self, group: dist.ProcessGroup | None = None) -> DPOStats:
-        """Merges the ranks of a process group in place, on the device."""
-        dist.all_reduce(self.sums, group=group)
-        return self
+    FIELDS: ClassVar = DPO_FIELDS  # (7,) float64
 
     def _means(self) -> Tensor:
         return torch.cat([self.sums[:-1] / self.sums[-1].clamp(min=1), self.sums[-1:]])
-
-    def as_dict(self) -> dict[str, float]:
-        """Every view as a Python number: one host sync."""
-        return dict(zip(DPO_FIELDS, self._means().tolist()))
-
-    def __getattr__(self, name: str) -> Tensor:
-        if name not in DPO_FIELDS:
-            raise AttributeError(f"DPOStats has no view {name!r}; it has {', '.join(DPO_FIELDS)}")
-        return self._means()[DPO_FIELDS.index(name)]
 
 
 KTO_FIELDS = ("chosen_rewards", "rejected_rewards", "logps_chosen", "logps_rejected", "chosen", "rejected")
 
 
 @dataclass(frozen=True)
-class KTOStats:
+class KTOStats(_Stats):
     """Statistics of `kto_loss`: means over desirable (chosen) and undesirable (rejected) sequences, and how many there
     are; 0-dim device tensors. `as_dict()` reads all with one transfer. A reward is beta * (logp - ref_logp); means of a
     kind without sequences are 0."""
 
-    sums: Tensor  # (6,) float64, KTO_FIELDS
-
-    def __add__(self, other: KTOStats) -> KTOStats:
-        """The statistics of both batches together."""
-        return KTOStats(self.sums + other.sums)
-
-    def all_reduce_(self, group: dist.ProcessGroup | None = None) -> KTOStats:
-        """Merges the ranks of a process group in place, on the device."""
-        dist.all_reduce(self.sums, group=group)
-        return self
+    FIELDS: ClassVar = KTO_FIELDS  # (6,) float64
 
     def _means(self) -> Tensor:
         counts = self.sums[4:]
         return torch.cat([self.sums[:4] / counts.clamp(min=1).repeat(2), counts])
-
-    def as_dict(self) -> dict[str, float]:
-        """Every view as a Python number: one host sync."""
-        return dict(zip(KTO_FIELDS, self._means().tolist()))
-
-    def __getattr__(self, name: str) -> Tensor:
-        if name not in KTO_FIELDS:
-            raise AttributeError(f"KTOStats has no view {name!r}; it has {', '.join(KTO_FIELDS)}")
-        return self._means()[KTO_FIELDS.index(name)]

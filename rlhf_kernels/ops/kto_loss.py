@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from .. import _checks as check
-from .._layout import compute_dtype
+from .._layout import as_scalar, compute_dtype
 from .._library import call, define_composite
 from ..stats import KTOStats
 
@@ -88,23 +88,11 @@ def kto_loss(
         expected = "the mean log-ratio of mismatched sequences" if kl is None else "None"
         raise ValueError(f"kl: expected {expected} with loss_type={loss_type!r}, got {kl!r:.80}")
     dtype = compute_dtype(logps, ref_logps)
-    scalars = [_scalar(name, x, logps, dtype) for name, x in (("kl", kl), ("denominator", denominator))]
-    if denominator is not None and not isinstance(denominator, Tensor):
-        check.number("denominator", denominator, above=0)
+    check.scalar("kl", kl, "logps", logps)
+    check.scalar("denominator", denominator, "logps", logps, above=0)
+    scalars = [as_scalar(x, dtype, logps.device) for x in (kl, denominator)]
     loss, stats = call(
         kto_loss_op, logps.to(dtype), ref_logps.detach().to(dtype), labels, *scalars,
         float(beta), float(desirable_weight), float(undesirable_weight),
     )  # fmt: skip
     return loss, KTOStats(stats)
-
-
-def _scalar(name: str, value: float | Tensor | None, like: Tensor, dtype: torch.dtype) -> Tensor | None:  # ()
-    if value is None:
-        return None
-    if not isinstance(value, Tensor):
-        check.number(name, value)
-        return torch.full((), value, dtype=dtype, device=like.device)
-    if value.dim() != 0:
-        raise ValueError(f"{name}: expected a number or a 0-dim tensor, got shape {tuple(value.shape)}")
-    check.same_device(name, value, "logps", like)
-    return value.detach().to(dtype)

@@ -15,14 +15,13 @@ from torch import Tensor
 
 from .. import _checks as check
 from .._head import CHUNKED, IGNORED, PLAN_SCHEMA, Chunking, Head, HeadGradients, Plan, Rows, check_ids, plan, scaled
-from .._layout import check_cu_seqlens, compute_dtype, full_mask, prepare
+from .._layout import as_scalar, check_cu_seqlens, compute_dtype, full_mask, prepare
 from .._library import call, define, once_differentiable
 from ..stats import PPO_FIELDS, PPOStats
 from .linear_token_logprobs import check_linear, fake_gradients
 from .ppo_loss import (
     SUM,
     PPOLossOptions,
-    as_denominator,
     check_terms,
     loss_terms,
     ppo_loss_op,
@@ -179,7 +178,7 @@ def linear_ppo_loss(
     wants = [torch.is_grad_enabled() and x is not None and x.requires_grad for x in (hidden, weight, bias)]
     loss, stats, logprobs, *_ = call(
         linear_ppo_loss_op, hidden, weight, token_ids.contiguous(), bias, old, advantages, prepare(mask),
-        prepare(cu_seqlens), ref, weights, temperatures, as_denominator(denominator, dtype, hidden.device), scalar,
+        prepare(cu_seqlens), ref, weights, temperatures, as_scalar(denominator, dtype, hidden.device), scalar,
         softcap, *loss_terms(options), *plan(hidden, weight, logit_scale, chunk_size), *wants,
     )  # fmt: skip
     return loss, PPOStats(stats.detach()), logprobs.detach()

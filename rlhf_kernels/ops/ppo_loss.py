@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from .. import _checks as check
-from .._layout import check_cu_seqlens, compute_dtype, full_mask, prepare, sequence_ids, sequence_sums
+from .._layout import as_scalar, check_cu_seqlens, compute_dtype, full_mask, prepare, sequence_ids, sequence_sums
 from .._library import call, define, once_differentiable
 from ..stats import PPO_FIELDS, PPOStats
 from .token_kl import ESTIMATORS, kl_gradient, kl_value
@@ -257,22 +257,9 @@ def check_terms(like: Tensor, ref_logprobs: Tensor | None, options: PPOLossOptio
     """What every PPO loss takes beside its per-token tensors."""
     if options.kl_coef and ref_logprobs is None:
         raise ValueError(f"ref_logprobs: expected a tensor because kl_coef is {options.kl_coef}, got None")
-    if denominator is None:
-        return
-    if options.reduction == "sum":
+    if denominator is not None and options.reduction == "sum":
         raise ValueError("denominator: expected None with reduction='sum', which divides by nothing")
-    if isinstance(denominator, Tensor):
-        if denominator.dim() != 0:
-            raise ValueError(f"denominator: expected a number or a 0-dim tensor, got shape {tuple(denominator.shape)}")
-        check.same_device("denominator", denominator, "the per-token tensors", like)
-    else:
-        check.number("denominator", denominator, above=0)
-
-
-def as_denominator(value: float | Tensor | None, dtype: torch.dtype, device: torch.device) -> Tensor | None:
-    if value is None or isinstance(value, Tensor):
-        return prepare(value, dtype)
-    return torch.full((), float(value), dtype=dtype, device=device)
+    check.scalar("denominator", denominator, "the per-token tensors", like, above=0)
 
 
 def loss_terms(o: PPOLossOptions) -> tuple:
@@ -316,7 +303,7 @@ def ppo_loss(
     dtype = compute_dtype(logprobs, *tensors.values())
     learned = [prepare(x, dtype) for x in (logprobs, values, entropy)]
     constant = {name: prepare(x.detach(), dtype) for name, x in tensors.items() if x is not None}
-    denominator = as_denominator(denominator, dtype, logprobs.device)
+    denominator = as_scalar(denominator, dtype, logprobs.device)
     wants = [torch.is_grad_enabled() and x is not None and x.requires_grad for x in learned]
     loss, stats, *_ = call(
         ppo_loss_op,
