@@ -9,6 +9,7 @@ the others do not.
 from . import _first_calls
 from ._head import Chunking
 from ._library import Backends, backend, backends, load_kernels
+from .compat import Patch, patch, unpatch
 from .lm_head import LMHead, lm_head_of
 from .ops.adamw_bf16 import adamw_bf16_
 from .ops.dpo_loss import DPOOptions, dpo_loss
@@ -37,8 +38,8 @@ _first_calls.make()
 
 __all__ = [
     "AdamWBF16", "AdvantageOptions", "Backends", "Chunking", "DPOOptions", "DPOStats", "KTOStats", "LMHead",
-    "PPOAdvantages", "PPOLossOptions", "PPOStats", "adamw_bf16_", "backend", "backends", "dpo_loss", "gae",
+    "PPOAdvantages", "PPOLossOptions", "PPOStats", "Patch", "adamw_bf16_", "backend", "backends", "dpo_loss", "gae",
     "group_advantages", "kto_loss", "linear_dpo_loss", "linear_kl", "linear_ppo_loss", "linear_token_logprobs",
-    "lm_head_of", "logits_kl", "masked_whiten", "pack_sequences", "plan_microbatches", "ppo_advantages", "ppo_loss",
-    "sequence_logprobs", "token_kl", "token_logprobs",
+    "lm_head_of", "logits_kl", "masked_whiten", "pack_sequences", "patch", "plan_microbatches", "ppo_advantages",
+    "ppo_loss", "sequence_logprobs", "token_kl", "token_logprobs", "unpatch",
 ]  # fmt: skip
