@@ -7,7 +7,7 @@ puts them in place.
 
 A module of this package, compat.trl for one, can be imported and used without the library. It says which versions it
 stands in for in SUPPORTED, a half-open range, and in REPLACEMENTS what it replaces: {"module.name": the replacement},
-where a class or a dict of the module may stand between the two.
+where a class or a dict of the module may stand between the two. A private name is replaced only there.
 """
 
 from __future__ import annotations
@@ -130,12 +130,15 @@ def _find(library: str, name: str, new: object) -> _Replaced:
 
 
 def _swap(library: str, name: str, old: object, new: object) -> None:
-    """At its home, and in every loaded module of the library that imported it from there under its name."""
+    """At its home, and in every loaded module of the library that imported it from there under its name; a private name
+    only at its home."""
     owner, attribute = _owner(name)
     if isinstance(owner, dict):
         owner[attribute] = new
         return
     setattr(owner, attribute, new)
+    if attribute.startswith("_"):
+        return
     for path, module in list(sys.modules.items()):
         inside = path == library or path.startswith(f"{library}.")
         if inside and isinstance(module, ModuleType) and vars(module).get(attribute) is old:
