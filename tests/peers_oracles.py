@@ -8,13 +8,20 @@ import json
 import traceback
 import warnings
 
+import peers_compat_trl
 import peers_preferences
 import peers_reward
 import peers_tokens
 import torch
 from peers_compare import CASES
 
-__all__ = ["CASES", "peers_preferences", "peers_reward", "peers_tokens"]  # the three register their cases
+__all__ = [
+    "CASES",
+    "peers_compat_trl",
+    "peers_preferences",
+    "peers_reward",
+    "peers_tokens",
+]  # register cases
 
 
 def run(name: str) -> dict:

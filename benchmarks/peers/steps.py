@@ -48,15 +48,23 @@ def compare(kind: str, settings: dict, trl_python: Path, check: Callable[[dict, 
         "rlhf": (sys.executable, "-m", f"benchmarks.peers.rlhf_{kind}_step"),
         "trl": (str(trl_python), str(Path(__file__).with_name(f"trl_{kind}_step.py"))),
     }
+    results = measure(commands, settings, before=(sys.executable, "-m", "benchmarks.peers.models"))
+    check(results, settings)
+    return results
+
+
+def measure(commands: dict[str, tuple[str, ...]], settings: dict, before: tuple[str, ...] = ()) -> dict:
+    """{name: summary} of commands that take a folder with settings.json, and the file for their figures; `before` takes
+    the folder and makes what they read."""
     results = {}
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "settings.json").write_text(json.dumps(settings), encoding="utf-8")
-        run(sys.executable, "-m", "benchmarks.peers.models", folder, threads=settings["threads"])
+        if before:
+            run(*before, folder, threads=settings["threads"])
         for name, command in commands.items():
             result = Path(folder) / f"{name}.json"
             run(*command, folder, str(result), threads=settings["threads"])
             results[name] = summary(json.loads(result.read_text(encoding="utf-8")))
-    check(results, settings)
     return results
 
 
@@ -94,11 +102,12 @@ def show(title: str, report: dict, ratio: str) -> None:
     """`ratio` is the report's key of the ratios: what stands over what."""
     results, trl = report["results"], report["machine"]["trl"]["trl"]
     print(f"{title}, {report['settings']['threads']} threads, {report['machine']['cpu']}")
-    print(f"{'':28}{'rlhf':>12}{'trl ' + trl:>12}{ratio.replace('_over_', ' / '):>12}")
+    names = "".join(f"{'trl ' + trl if name == 'trl' else name:>12}" for name in results)
+    print(f"{'':28}{names}{ratio.replace('_over_', ' / '):>16}")
     for key, (label, unit, digits) in MEASURES.items():
-        values = "".join(f"{results[name][key] / unit:12.{digits}f}" for name in ("rlhf", "trl"))
-        print(f"{label:28}{values}{report[ratio][key]:11.2f}x")
-    loads = "".join(f"{results[name]['load_average']:12.1f}" for name in ("rlhf", "trl"))
+        values = "".join(f"{row[key] / unit:12.{digits}f}" for row in results.values())
+        print(f"{label:28}{values}{report[ratio][key]:15.2f}x")
+    loads = "".join(f"{row['load_average']:12.1f}" for row in results.values())
     print(f"{'load average at the end':28}{loads}")
     print("timed steps, s: " + "; ".join(f"{n} {[round(s, 2) for s in r['seconds'][1:]]}" for n, r in results.items()))
 
