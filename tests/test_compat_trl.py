@@ -101,3 +101,23 @@ def test_temperature_is_positive():
     for function in (compat.selective_log_softmax, compat.selective_log_softmax_and_entropy):
         with pytest.raises(ValueError, match="temperature"):
             function(torch.randn(2, 5), torch.tensor([0, 1]), temperature=0.0)
+
+
+@needs_peers
+def test_what_trl_asserts_of_its_functions():
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
+    command = [str(PYTHON), str(ROOT / "tests" / "peers_trl_bits.py")]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-4000:]
+
+
+@needs_peers
+def test_example_runs(tmp_path):
+    write = "import sys; sys.path[:0] = ['tests']; import peers_trl_trainers as t; "
+    write += "t.model().save_pretrained(sys.argv[1]); t.tokenizer().save_pretrained(sys.argv[1])"
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    subprocess.run([str(PYTHON), "-c", write, str(tmp_path / "model")], cwd=ROOT, env=environment, check=True)
+    command = [str(PYTHON), str(ROOT / "examples" / "speed_up_trl.py"), "model"]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-4000:]
+    assert "trl.trainer.utils.selective_log_softmax" in done.stdout and done.stdout.count("'loss'") == 3

@@ -3,7 +3,8 @@
 In TRL 1.16 all five give their model a fused head (add_fused_lm_head), whose work ChunkedLogProbFunction does; the
 experimental trainers (CPO, ORPO, ...) call selective_log_softmax and entropy_from_logits on logits. With `patch("trl")`
 these run on linear_token_logprobs and token_logprobs, and positions that are not scored are not projected, which TRL
-does on GPUs only. Results are float32 (float64 for float64 inputs) whatever the dtype of the logits.
+does on GPUs only. Results are float32 (float64 for float64 inputs), but for logits of 16 bits on a CPU, where TRL works
+in their dtype, and so do these: its tests compare the bits.
 """
 
 from __future__ import annotations
@@ -84,23 +85,32 @@ def _check_temperature(temperature: float) -> None:
         raise ValueError("temperature must be positive")
 
 
+def _in_their_dtype(logits: Tensor) -> bool:
+    return logits.is_cpu and logits.dtype in (torch.bfloat16, torch.float16)
+
+
 def selective_log_softmax(
     logits: Tensor,  # (..., V)
     index: Tensor,  # (...) or (..., K)
     temperature: float = 1.0,
     row_mask: Tensor | None = None,  # of index's shape; 0 where the result is 0
 ) -> Tensor:
-    """log_softmax(logits / temperature) gathered at index; K ids a row are plain torch on one log-sum-exp."""
+    """log_softmax(logits / temperature) gathered at index; K ids a row are plain torch, in the dtype of the logits."""
     _check_temperature(temperature)
-    if index.dim() == logits.dim() - 1:
+    several = index.dim() == logits.dim()
+    if not several and not _in_their_dtype(logits):
         return token_logprobs(logits, _ids(index, row_mask), temperature=temperature)
-    z = logits.to(torch.promote_types(logits.dtype, torch.float32)) / temperature
-    logprobs = z.gather(-1, index) - z.logsumexp(-1, keepdim=True)
+    z = logits if temperature == 1.0 else logits / temperature
+    logprobs = z.log_softmax(-1).gather(-1, index if several else index[..., None])
+    logprobs = logprobs if several else logprobs[..., 0]
     return logprobs if row_mask is None else logprobs.masked_fill(row_mask == 0, 0.0)
 
 
 def entropy_from_logits(logits: Tensor, chunk_size: int = 128) -> Tensor:  # (..., V) -> (...)
     """Entropy in nats, differentiable; `chunk_size` is not needed."""
+    if _in_their_dtype(logits):
+        logp = logits.log_softmax(-1)
+        return -(logp.exp() * logp).sum(-1)
     index = torch.zeros(logits.shape[:-1], dtype=torch.long, device=logits.device)
     return token_logprobs(logits, index, return_entropy=True)[1]
 
@@ -114,8 +124,13 @@ def selective_log_softmax_and_entropy(
 ) -> tuple[Tensor, Tensor]:
     """(log-probabilities, entropies) `(...)` of the tempered distribution, in one pass over the logits."""
     _check_temperature(temperature)
-    ids = _ids(index, row_mask)
-    logprobs, entropy = token_logprobs(logits, ids, temperature=temperature, return_entropy=True)
+    if _in_their_dtype(logits):
+        z = logits if temperature == 1.0 else logits / temperature
+        logprobs, entropy = selective_log_softmax(z, index, row_mask=row_mask), entropy_from_logits(z)
+        entropy = entropy if row_mask is None else entropy.masked_fill(row_mask == 0, 0.0)
+    else:
+        ids = _ids(index, row_mask)
+        logprobs, entropy = token_logprobs(logits, ids, temperature=temperature, return_entropy=True)
     return logprobs, entropy if entropy_requires_grad else entropy.detach()
 
 
