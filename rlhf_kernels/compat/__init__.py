@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.metadata
+import re
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -104,8 +105,8 @@ def _supported_version(library: str, supported: tuple[str, str]) -> str:
 
 
 def _release(version: str) -> tuple[int, ...]:
-    """(1, 16) of "1.16.0rc1": what decides is the minor version."""
-    return tuple(int(part) for part in version.split(".")[:2])
+    """(1, 16) of "1.16rc1": what decides is the minor version."""
+    return tuple(int(part) for part in re.findall(r"\d+", version)[:2])
 
 
 def _owner(name: str) -> tuple[object, str]:
