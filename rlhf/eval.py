@@ -158,7 +158,8 @@ def of_reward(subject: Subject) -> Figures:
         batch = collate(sides_of(data), scorer, completion_only=True)
         margins = torch.sub(*score_sequences(scorer, batch, *config.budget).cpu().view(-1, 2).unbind(1))
         name = "" if number == 1 else f"model_{number}/"
-        found |= with_error(f"{name}accuracy", wins(margins, torch.zeros_like(margins))) | with_error(f"{name}margin", margins)
+        right = wins(margins, torch.zeros_like(margins))
+        found |= with_error(f"{name}accuracy", right) | with_error(f"{name}margin", margins)
         found |= {f"{name}ties": int((margins == 0).sum()), f"{name}pairs": len(data)}
     return found
 
