@@ -104,9 +104,9 @@ def test_temperature_is_positive():
 
 
 @needs_peers
-def test_what_trl_asserts_of_its_functions():
+def test_what_trl_asserts_of_its_functions_and_its_head():
     environment = os.environ | {"PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
-    command = [str(PYTHON), str(ROOT / "tests" / "peers_trl_bits.py")]
+    command = [str(PYTHON), str(ROOT / "tests" / "peers_trl_asserts.py")]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-4000:]
 
