@@ -16,7 +16,6 @@ from itertools import combinations
 import torch
 from torch import Tensor
 
-import rlhf_kernels
 from rlhf.config import RewardConfig
 from rlhf.data import Dataset, Stream, load
 from rlhf.forward import objective_scores
@@ -24,7 +23,7 @@ from rlhf.model import Scorer
 from rlhf.read import DataError, Source
 from rlhf.reward import step_ends
 from rlhf.tokens import TokenExample
-from rlhf.types import SequenceBatch, cumulated, pad_sequences
+from rlhf.types import SequenceBatch, cumulated, pad_sequences, plan_passes
 
 
 @dataclass(frozen=True)
@@ -190,11 +189,8 @@ def _parts(rows: list[Judged], count: int, tokens: int | None, packed: bool) -> 
     """A row with more tokens than the budget has a pass of its own."""
     if tokens is None:
         return [list(range(start, min(start + count, len(rows)))) for start in range(0, len(rows), count)]
-    totals = [sum(row.lengths) for row in rows]
     if packed:
-        fitting = [i for i, total in enumerate(totals) if total <= tokens]
-        planned = rlhf_kernels.pack_sequences([totals[i] for i in fitting], tokens)
-        return [[i] for i, total in enumerate(totals) if total > tokens] + [[fitting[i] for i in p] for p in planned]
+        return plan_passes([sum(row.lengths) for row in rows], tokens, packed)
     parts, width, held = [], 0, 0
     for i in sorted(range(len(rows)), key=lambda i: -max(rows[i].lengths)):  # the first is the widest of its part
         held += len(rows[i].completions)

@@ -181,9 +181,15 @@ def micro_batches(
     where they are not packed."""
     if tokens is None:
         return list(rows.split(sequences))
-    counts = lengths[rows].tolist()
+    return [rows[torch.tensor(sorted(part))] for part in plan_passes(lengths[rows].tolist(), tokens, packed)]
+
+
+def plan_passes(lengths: list[int], tokens: int, packed: bool) -> list[list[int]]:
+    """Indices of each pass; a row longer than `tokens` has a pass of its own, and leaves the budget of the others."""
+    alone = [i for i, n in enumerate(lengths) if n > tokens]
+    fitting = [i for i, n in enumerate(lengths) if n <= tokens]
     plan = rlhf_kernels.pack_sequences if packed else rlhf_kernels.plan_microbatches
-    return [rows[torch.tensor(sorted(part))] for part in plan(counts, max(tokens, *counts))]
+    return [[i] for i in alone] + [[fitting[i] for i in part] for part in plan([lengths[i] for i in fitting], tokens)]
 
 
 def pad_sequences(

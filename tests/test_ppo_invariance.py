@@ -13,7 +13,7 @@ from rlhf.layout import Models, load_models, recomputing
 from rlhf.optim import StepGuard
 from rlhf.ppo import minibatches, passes, summarize, update
 from rlhf.rollout import Sampling, generate
-from rlhf.types import Experience, PromptBatch, Rollout
+from rlhf.types import Experience, PromptBatch, Rollout, plan_passes
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 PROMPTS = [[4, 5, 6], [7], [8, 9, 10, 11, 5], [4, 4], [12, 4], [5, 6, 7, 8], [9], [10, 10, 4]]
@@ -134,6 +134,16 @@ def test_a_budget_of_tokens_fills_micro_batches(whole, tiny_model):
     assert sorted(torch.cat(parts).tolist()) == list(range(8)) and len(parts) > 2
     assert all(int(batch.lengths[rows].sum()) <= 18 for rows in parts)
     assert_same(step_of(config), expected)
+
+
+@pytest.mark.parametrize("packed", [True, False])
+def test_a_row_above_the_budget_has_a_pass_of_its_own(packed):
+    """And no pass but its own is larger than asked."""
+    lengths = [5, 30, 4, 9, 10, 1, 11]
+    parts = plan_passes(lengths, 10, packed)
+    assert sorted(i for part in parts for i in part) == list(range(7)) and [1] in parts and [6] in parts
+    held = [sum(lengths[i] for i in p) if packed else len(p) * max(lengths[i] for i in p) for p in parts]
+    assert sorted(n for n in held if n > 10) == [11, 30]
 
 
 @pytest.mark.parametrize("padding_free", [True, False])
