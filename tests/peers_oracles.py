@@ -9,19 +9,16 @@ import traceback
 import warnings
 
 import peers_compat_trl
+import peers_compat_verl
 import peers_preferences
 import peers_reward
 import peers_tokens
 import torch
 from peers_compare import CASES
 
-__all__ = [
-    "CASES",
-    "peers_compat_trl",
-    "peers_preferences",
-    "peers_reward",
-    "peers_tokens",
-]  # register cases
+__all__ = [  # they register cases
+    "CASES", "peers_compat_trl", "peers_compat_verl", "peers_preferences", "peers_reward", "peers_tokens",
+]  # fmt: skip
 
 
 def run(name: str) -> dict:
