@@ -8,6 +8,7 @@ import json
 import traceback
 import warnings
 
+import peers_compat_openrlhf
 import peers_compat_trl
 import peers_compat_verl
 import peers_preferences
@@ -17,7 +18,8 @@ import torch
 from peers_compare import CASES
 
 __all__ = [  # they register cases
-    "CASES", "peers_compat_trl", "peers_compat_verl", "peers_preferences", "peers_reward", "peers_tokens",
+    "CASES", "peers_compat_openrlhf", "peers_compat_trl", "peers_compat_verl", "peers_preferences", "peers_reward",
+    "peers_tokens",
 ]  # fmt: skip
 
 
