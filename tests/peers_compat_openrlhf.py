@@ -91,7 +91,7 @@ CORRECTIONS = {
     "token-clip": {
         "is_correction_level": "token", "is_correction_mode": "clip", "is_correction_threshold": (0.7, 1.3),
     },
-    "seq-mask": {"is_correction_level": "seq", "is_correction_threshold": (0.95, 1.05)},
+    "seq-mask": {"is_correction_level": "seq", "is_correction_threshold": (0.85, 1.15)},
     "token-kl": {
         "is_correction_level": "token", "is_correction_gating": "binary_kl", "is_correction_threshold": (0.0, 0.02),
     },
