@@ -32,7 +32,13 @@ class _Replaced:
     new: object
 
 
-_active: dict[str, tuple[_Replaced, ...]] = {}
+@dataclass(frozen=True)
+class _Active:
+    replaced: tuple[_Replaced, ...]
+    left: tuple[str, ...]  # as Patch has it
+
+
+_active: dict[str, _Active] = {}
 
 
 @dataclass(frozen=True)
@@ -43,10 +49,11 @@ class Patch:
     version: str
     replaced: tuple[str, ...]  # full names, "trl.trainer.utils.selective_log_softmax"
     applied: bool  # False where the library was patched already
+    left: tuple[str, ...] = ()  # "name: no package", of modules that nothing here can import
 
     def __str__(self) -> str:
-        lines = [f"{self.library} {self.version} on rlhf_kernels:", *self.replaced]
-        return "\n  ".join(lines)
+        left = [f"left as it is, {name}" for name in self.left]
+        return "\n  ".join([f"{self.library} {self.version} on rlhf_kernels:", *self.replaced, *left])
 
     def __enter__(self) -> Patch:
         return self
@@ -61,27 +68,31 @@ def patch(library: str) -> Patch:
 
     Every module of the library that holds one of them by that name gets ours, so it does not matter what has been
     imported before; what others took from the library with `from ... import` before this call stays theirs. A second
-    call changes nothing. Imports the library's modules concerned.
+    call changes nothing. Imports the library's modules concerned; what a module defines that lacks a package here, as
+    OpenRLHF's experience maker does without vLLM, is left and listed.
 
-    Raises ValueError for another name, ModuleNotFoundError where the library is missing, and RuntimeError for a version
-    outside the range that was compared with ours, or where the library has none of a function's name.
+    Raises ValueError for another name, ModuleNotFoundError where the library is missing or all of its modules lack a
+    package, and RuntimeError for a version outside the range that was compared with ours, or where the library has none
+    of a function's name.
     """
     ours = _compat(library)
     version = _supported_version(library, ours.SUPPORTED)
     already = library in _active
     if not already:
-        found = [_find(library, name, new) for name, new in ours.REPLACEMENTS.items()]  # all, before any is replaced
-        for replaced in found:
-            _swap(library, replaced.name, replaced.old, replaced.new)
-        _active[library] = tuple(found)
-    return Patch(library, version, tuple(ours.REPLACEMENTS), applied=not already)
+        found = _find_all(library, ours.REPLACEMENTS)  # all, before any is replaced
+        for one in found.replaced:
+            _swap(library, one.name, one.old, one.new)
+        _active[library] = found
+    active = _active[library]
+    return Patch(library, version, tuple(one.name for one in active.replaced), not already, active.left)
 
 
 def unpatch(library: str) -> None:
     """Takes back `patch(library)`, also in modules that were imported since; nothing where it is not patched."""
     _compat(library)
-    for replaced in _active.pop(library, ()):
-        _swap(library, replaced.name, replaced.new, replaced.old)
+    if library in _active:
+        for one in _active.pop(library).replaced:
+            _swap(library, one.name, one.new, one.old)
 
 
 def _compat(library: str) -> ModuleType:
@@ -114,20 +125,33 @@ def _owner(name: str) -> tuple[object, str]:
     path, _, attribute = name.rpartition(".")
     try:
         return importlib.import_module(path), attribute
-    except ModuleNotFoundError:
+    except ModuleNotFoundError as error:
+        if error.name != path:  # the module is there, and lacks another
+            raise
         module, _, inner = path.rpartition(".")
-        return getattr(importlib.import_module(module), inner), attribute
+        return getattr(importlib.import_module(module), inner, {}), attribute
 
 
 def _names(owner: object) -> Mapping[str, object]:
     return owner if isinstance(owner, dict) else vars(owner)
 
 
-def _find(library: str, name: str, new: object) -> _Replaced:
-    owner, attribute = _owner(name)
-    if attribute not in _names(owner):
-        raise RuntimeError(f"{library}: expected {name}, which is not there; nothing was replaced")
-    return _Replaced(name, _names(owner)[attribute], new)
+def _find_all(library: str, replacements: Mapping[str, object]) -> _Active:
+    found, left = [], []
+    for name, new in replacements.items():
+        try:
+            owner, attribute = _owner(name)
+        except ModuleNotFoundError as error:
+            if error.name.partition(".")[0] != library:
+                left.append(f"{name}: no {error.name}")
+                continue
+            owner, attribute = {}, name  # the library has no such module
+        if attribute not in _names(owner):
+            raise RuntimeError(f"{library}: expected {name}, which is not there; nothing was replaced")
+        found.append(_Replaced(name, _names(owner)[attribute], new))
+    if not found:
+        raise ModuleNotFoundError(f"{library}: nothing to patch, none of it can be imported here; {left[0]}")
+    return _Active(tuple(found), tuple(left))
 
 
 def _swap(library: str, name: str, old: object, new: object) -> None:

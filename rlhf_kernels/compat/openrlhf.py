@@ -27,7 +27,7 @@ def log_probs_from_logits(
     logits: Tensor, labels: Tensor, temperature: float = 1.0
 ) -> Tensor:  # (..., V), (...) -> (...)
     """Of logits / temperature. The logits stay as they are, where OpenRLHF divides them in place."""
-    return token_logprobs(logits, labels, temperature=temperature)
+    return token_logprobs(logits, labels.reshape(logits.shape[:-1]), temperature=temperature)
 
 
 def compute_approx_kl(
@@ -117,22 +117,23 @@ class PolicyLoss(nn.Module):
         mask = torch.ones_like(log_probs, dtype=torch.bool) if action_mask is None else action_mask.bool()
         corrects, weights, gap, filtered = self.is_correction_level != "off", None, None, None
         if self.policy_loss_type == "ppo":
-            learned, clamp = log_probs, LOG_RATIO_CLAMP
+            learned, sampled, clamp = log_probs, old_log_probs, LOG_RATIO_CLAMP
             if corrects:
                 weights, filtered = self._correction(old_log_probs, rollout_log_probs, mask)
                 gap = _mean(rollout_log_probs - old_log_probs, mask)
         elif self.policy_loss_type == "gspo":  # every token has its sequence's mean log-ratio
             from_whom = rollout_log_probs if corrects else old_log_probs
-            learned, clamp = old_log_probs + _mean(log_probs - from_whom, mask, -1)[:, None], None
+            learned, clamp = _mean(log_probs - from_whom, mask, -1)[:, None].expand_as(mask), None
+            sampled = torch.zeros_like(learned)
         else:
             raise ValueError(f"Invalid policy loss type: {self.policy_loss_type}")
         reduction, denominator = _reduction(self.token_level_loss, dp_size, batch_num_tokens, global_batch_size)
         options = PPOLossOptions(
-            clip_low=self.clip_eps_low, clip_high=self.clip_eps_high, dual_clip=self.dual_clip, log_ratio_clamp=clamp,
-            reduction=reduction,
+            clip_low=min(self.clip_eps_low, 1.0), clip_high=self.clip_eps_high, dual_clip=self.dual_clip,
+            log_ratio_clamp=clamp, reduction=reduction,
         )  # fmt: skip
         loss, stats = ppo_loss(
-            learned, old_log_probs, advantages, mask, is_weights=weights, options=options, denominator=denominator
+            learned, sampled, advantages, mask, is_weights=weights, options=options, denominator=denominator
         )
         return (
             loss,

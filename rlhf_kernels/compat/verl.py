@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from .._layout import as_scalar, compute_dtype
 from ..ops.gae import gae
 from ..ops.linear_token_logprobs import linear_token_logprobs
+from ..ops.masked_whiten import masked_moments, whiten_with
 from ..ops.masked_whiten import masked_whiten as whiten
 from ..ops.ppo_loss import REDUCTIONS, PPOLossOptions, ppo_loss, token_scale, token_weights
 from ..ops.token_kl import token_kl
@@ -35,7 +36,7 @@ def logprobs_from_logits(
 ) -> Tensor:  # (...)
     """Labels of -100 give 0, as flash-attention's cross-entropy does. The gradient never overwrites the logits, which
     `inplace_backward` lets verl do: they can still be read after the backward."""
-    return token_logprobs(logits, labels)
+    return token_logprobs(logits, labels.reshape(logits.shape[:-1]))
 
 
 def entropy_from_logits(logits: Tensor) -> Tensor:  # (..., V) -> (...)
@@ -57,12 +58,11 @@ def linear_cross_entropy(
     dist_process_group=None,
 ) -> tuple[Tensor, Tensor]:  # (N,) or (), (N,)
     """(log-probabilities, entropies), both differentiable, of any width; `reduction` "sum" or "mean" reduces the
-    first. Raises NotImplementedError for a head whose vocabulary is split over ranks."""
+    first. A head whose vocabulary is split over the ranks of a group goes to verl's own kernels."""
     if dist_process_group is not None and torch.distributed.get_world_size(dist_process_group) > 1:
-        raise NotImplementedError(
-            "dist_process_group: expected a whole vocabulary, got a split one; rlhf_kernels.unpatch('verl') returns to "
-            "verl's own kernel"
-        )
+        from verl.utils.kernel.linear_cross_entropy import LinearCrossEntropy
+
+        return LinearCrossEntropy.apply(hidden, weight, labels, temperature, reduction, dist_process_group)
     hidden, labels = hidden.reshape(-1, hidden.shape[-1]), labels.reshape(-1)
     logprobs, entropy = linear_token_logprobs(hidden, weight, labels, temperature=temperature, return_entropy=True)
     reduced = {"none": lambda x: x, "sum": torch.sum, "mean": torch.mean}
@@ -76,6 +76,8 @@ class FusedLinearForPPO(nn.Module):
 
     def __init__(self, chunk_size: int = 512, impl_backend: str = "torch") -> None:
         super().__init__()
+        if impl_backend not in ("torch", "liger"):
+            raise ValueError(f"Unsupported FusedLinearForPPO backend: {impl_backend}. Choose 'torch' or 'liger'.")
         self.chunk_size = chunk_size  # not used: the op chooses its chunks by the vocabulary
         self.impl_backend = impl_backend
 
@@ -96,11 +98,11 @@ class FusedLinearForPPO(nn.Module):
 
 
 def masked_whiten(values: Tensor, mask: Tensor, shift_mean: bool = True) -> Tensor:
-    """Unbiased variance, 1e-8 within the root. Raises RuntimeError where a gradient is asked for, which verl never
-    does: its callers run under no_grad."""
-    if torch.is_grad_enabled() and values.requires_grad:
-        raise RuntimeError("values: expected a constant, got a tensor that requires a gradient; detach it")
-    return whiten(values, mask.bool(), shift_mean=shift_mean, unbiased=True)
+    """Unbiased variance, 1e-8 within the root."""
+    mask = mask.bool()
+    if torch.is_grad_enabled() and values.requires_grad:  # the op has no gradient, and verl never asks for one
+        return whiten_with(values, mask, masked_moments(values, mask), shift_mean, True, 1e-8)
+    return whiten(values, mask, shift_mean=shift_mean, unbiased=True)
 
 
 def compute_gae_advantage_return(
@@ -177,9 +179,10 @@ def compute_policy_loss_vanilla(
     assert config is not None
     low, high = (config.clip_ratio if x is None else x for x in (config.clip_ratio_low, config.clip_ratio_high))
     reduction, denominator, factor = _reduction(loss_agg_mode, response_mask.shape[-1], **config.global_batch_info)
+    # A ratio is above 0, so that a lower bound below 0, by which some switch it off, is one of 0.
     options = PPOLossOptions(
-        clip_low=low, clip_high=high, dual_clip=config.get("clip_ratio_c", 3.0), log_ratio_clamp=LOG_RATIO_CLAMP,
-        reduction=reduction,
+        clip_low=min(low, 1.0), clip_high=high, dual_clip=config.get("clip_ratio_c", 3.0),
+        log_ratio_clamp=LOG_RATIO_CLAMP, reduction=reduction,
     )  # fmt: skip
     mask = response_mask.bool()
     loss, stats = ppo_loss(
