@@ -132,7 +132,9 @@ def test_unknown_version_is_refused(ours, low, high):
     assert core.shout is theirs
 
 
-@pytest.mark.parametrize("missing", ["wordlib.core.whisper", "wordlib.core.REGISTRY.whisper"])
+@pytest.mark.parametrize(
+    "missing", ["wordlib.core.whisper", "wordlib.core.REGISTRY.whisper", "wordlib.core.Singer.sing", "wordlib.new.f"]
+)
 def test_missing_name_leaves_everything_as_it_was(ours, missing):
     from wordlib import core
 
@@ -141,6 +143,22 @@ def test_missing_name_leaves_everything_as_it_was(ours, missing):
     with pytest.raises(RuntimeError, match=f"expected {missing}, which is not there; nothing was replaced"):
         rlhf_kernels.patch("wordlib")
     assert core.shout is theirs and core.REGISTRY["shout"] is theirs
+    assert not compat._active
+
+
+def test_modules_that_lack_a_package_are_left_and_listed(ours, tmp_path):
+    """What cannot be imported here cannot run here."""
+    from wordlib import core
+
+    (tmp_path / "wordlib" / "fast.py").write_text("import no_such_gpu_package\ndef shout(text): ...\n")
+    ours.REPLACEMENTS["wordlib.fast.shout"] = our_shout
+    with rlhf_kernels.patch("wordlib") as done:
+        assert core.shout is our_shout and "wordlib.fast.shout" not in done.replaced
+        assert done.left == ("wordlib.fast.shout: no no_such_gpu_package",) and done.left[0] in str(done)
+        assert rlhf_kernels.patch("wordlib").left == done.left
+    ours.REPLACEMENTS = {"wordlib.fast.shout": our_shout}
+    with pytest.raises(ModuleNotFoundError, match=r"none of it can be imported here; wordlib\.fast.*no_such_gpu"):
+        rlhf_kernels.patch("wordlib")
     assert not compat._active
 
 

@@ -2,7 +2,8 @@
 tests/test_peers.py, cases compat-...; TRL's: tests/test_compat_trl.py."""
 
 import math
-from types import SimpleNamespace
+import sys
+from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
@@ -167,6 +168,42 @@ def test_linear_cross_entropy(reduction, reduce):
     torch.testing.assert_close(entropy, -(logp.exp() * logp).sum(-1).flatten())
     with pytest.raises(ValueError, match="Invalid reduction: max"):
         verl.linear_cross_entropy(hidden, weight, labels, 1.0, "max")
+
+
+def test_head_split_over_ranks_goes_to_verls_kernel(monkeypatch):
+    """Which needs GPUs: what is asked of it is seen here."""
+    name, seen = "verl.utils.kernel.linear_cross_entropy", []
+    kernel = SimpleNamespace(apply=lambda *arguments: seen.extend(arguments) or ("logprobs", "entropy"))
+    for parent in ("verl", "verl.utils", "verl.utils.kernel"):
+        monkeypatch.setitem(sys.modules, parent, ModuleType(parent))
+    monkeypatch.setitem(sys.modules, name, SimpleNamespace(LinearCrossEntropy=kernel))
+    monkeypatch.setattr(torch.distributed, "get_world_size", {"alone": 1, "pair": 2}.get)
+    hidden, weight, labels = torch.randn(3, 4), torch.randn(9, 4), torch.tensor([0, 8, 2])
+    assert verl.linear_cross_entropy(hidden, weight, labels, 0.7, "none", "pair") == ("logprobs", "entropy")
+    assert seen == [hidden, weight, labels, 0.7, "none", "pair"]
+    assert verl.linear_cross_entropy(hidden, weight, labels, 0.7, "none", "alone")[0].shape == (3,)
+
+
+def test_unknown_backend_is_refused():
+    with pytest.raises(ValueError, match="Unsupported FusedLinearForPPO backend: cute"):
+        verl.FusedLinearForPPO(impl_backend="cute")
+
+
+def test_labels_of_another_shape():
+    """Both libraries flatten what they give to flash-attention."""
+    logits, ids = torch.randn(6, 11), torch.randint(11, (1, 6))
+    for found in (verl.logprobs_from_logits(logits, ids), openrlhf.log_probs_from_logits(logits, ids)):
+        torch.testing.assert_close(found, logits.log_softmax(-1).gather(-1, ids.view(6, 1))[:, 0])
+
+
+def test_lower_bound_of_the_ratio_below_zero_binds_nothing():
+    new, old, advantages = (values(i) for i in (3, 4, 5))
+    config = Config(clip_ratio=0.2, clip_ratio_low=10.0, clip_ratio_high=0.2, clip_ratio_c=1e9, global_batch_info={})
+    loss, _ = verl.compute_policy_loss_vanilla(old, new, advantages, MASK, "token-mean", config)
+    ratio = (new - old).exp()
+    expected = torch.maximum(-advantages * ratio, -advantages * ratio.clamp(max=1.2))
+    torch.testing.assert_close(loss, AGGREGATES["token-mean"](expected, MASK))
+    torch.testing.assert_close(openrlhf.PolicyLoss(10.0, 0.2)(new, old, advantages, MASK)[0], loss)
 
 
 def test_whitening_refuses_a_gradient():

@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from .._layout import as_scalar, compute_dtype
 from ..ops.gae import gae
 from ..ops.linear_token_logprobs import linear_token_logprobs
-from ..ops.masked_whiten import masked_moments, whiten_with
 from ..ops.masked_whiten import masked_whiten as whiten
 from ..ops.ppo_loss import REDUCTIONS, PPOLossOptions, ppo_loss, token_scale, token_weights
 from ..ops.token_kl import token_kl
@@ -98,11 +97,11 @@ class FusedLinearForPPO(nn.Module):
 
 
 def masked_whiten(values: Tensor, mask: Tensor, shift_mean: bool = True) -> Tensor:
-    """Unbiased variance, 1e-8 within the root."""
-    mask = mask.bool()
-    if torch.is_grad_enabled() and values.requires_grad:  # the op has no gradient, and verl never asks for one
-        return whiten_with(values, mask, masked_moments(values, mask), shift_mean, True, 1e-8)
-    return whiten(values, mask, shift_mean=shift_mean, unbiased=True)
+    """Unbiased variance, 1e-8 within the root. Raises RuntimeError where a gradient is asked for, which verl never
+    does: its callers run under no_grad."""
+    if torch.is_grad_enabled() and values.requires_grad:
+        raise RuntimeError("values: expected a constant, got a tensor that requires a gradient; detach it")
+    return whiten(values, mask.bool(), shift_mean=shift_mean, unbiased=True)
 
 
 def compute_gae_advantage_return(
