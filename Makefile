@@ -41,7 +41,8 @@ $(VENV)/.ready: $(SOURCES)
 	touch $@
 
 # Other projects' formulas (tests/test_peers.py) and PPO trainer (benchmarks/peers) in environments of their own. The
-# constraints keep their torch at ours; trl 1.12.0 is the trainer that the figures compare with.
+# constraints keep their torch at ours; trl 1.12.0 is the trainer that the figures compare with. verl and OpenRLHF ask for
+# vLLM, flash-attention and DeepSpeed: they come alone, and what the modules of theirs import that are compared.
 peers: .venv-peers/.ready .venv-trl/.ready
 
 .venv-peers/.ready: RUN = .venv-peers/bin/python
@@ -50,7 +51,9 @@ peers: .venv-peers/.ready .venv-trl/.ready
 	$(PIP) torch
 	$(PIP) "setuptools>=77" wheel ninja pybind11
 	$(PIP) --no-build-isolation --editable .
-	$(PIP) "trl==1.16.*" liger-kernel triton pytest
+	$(PIP) "trl==1.16.*" liger-kernel cut-cross-entropy triton pytest
+	$(PIP) --no-deps "verl==0.9.*" "openrlhf==0.11.*"
+	$(PIP) ray tensordict hydra-core codetiming orjson peft torchdata pylatexenc pillow
 	touch $@
 
 .venv-trl/.ready: RUN = .venv-trl/bin/python
