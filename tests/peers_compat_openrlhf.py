@@ -27,10 +27,13 @@ def folder() -> Path:
 
 
 def theirs(name: str) -> ModuleType:  # loss or utils
-    sys.modules.setdefault("deepspeed", ModuleType("deepspeed"))
     package = sys.modules.setdefault("openrlhf.models", ModuleType("openrlhf.models"))
     package.__path__ = [str(folder() / "models")]
-    return importlib.import_module(f"openrlhf.models.{name}")
+    sys.modules["deepspeed"] = ModuleType("deepspeed")  # for the import alone: transformers asks whether it is there
+    try:
+        return importlib.import_module(f"openrlhf.models.{name}")
+    finally:
+        del sys.modules["deepspeed"]
 
 
 def method(name: str):
