@@ -54,7 +54,8 @@ QUICK_SIZES = {
 # OPT-1.3B and OPT-350M as their configurations on the hub have them.
 OPT_1B = {"kind": "opt", "width": 2048, "layers": 24, "heads": 32}
 OPT_350M = {"kind": "opt", "width": 1024, "layers": 24, "heads": 16}
-OPT_350M |= {"word_embed_proj_dim": 512, "do_layer_norm_before": False}
+OPT_1B |= {"max_position_embeddings": 2048}
+OPT_350M |= {"max_position_embeddings": 2048, "word_embed_proj_dim": 512, "do_layer_norm_before": False}
 OPT_SIZES = {"vocab": 50_272, "prompts": 8, "prompt_length": 256, "response_length": 128, "shortest": 128, "epochs": 1}
 QUICK_OPT = {"kind": "opt", "width": 32, "layers": 2, "heads": 2}
 PUBLISHED = {
@@ -133,9 +134,14 @@ def parse(argv: list[str]) -> argparse.Namespace:
 
 
 def main(args: argparse.Namespace) -> int:
-    """`threads` and `alone` may be missing from `args`; `seconds` means nothing here: steps are counted."""
-    threads, alone = getattr(args, "threads", 2), getattr(args, "alone", False)
-    facts = steps.machine(args.device, threads, shlex.join(["python", "-m", "benchmarks.trainer", *sys.argv[1:]]))
+    """`args` may lack `threads` and `alone`; `seconds` means nothing here, as steps are counted. Beside other `kinds`
+    of benchmarks, which write the JSON file, this one's is named FILE-trainer."""
+    threads, alone, kinds = (getattr(args, *known) for known in (("threads", 2), ("alone", False), ("kinds", ())))
+    module = "benchmarks" if kinds else "benchmarks.trainer"
+    facts = steps.machine(args.device, threads, shlex.join(["python", "-m", module, *sys.argv[1:]]))
+    path = args.json
+    if path and set(kinds) - {"trainer"}:
+        path = path.with_stem(f"{path.stem}-trainer")
     missing = [str(python.relative_to(steps.ROOT)) for python in steps.TRL_PYTHON.values() if not python.exists()]
     if missing and not alone:
         print(f"no {' and no '.join(missing)} (`make peers`): ours runs alone", flush=True)
@@ -144,7 +150,7 @@ def main(args: argparse.Namespace) -> int:
         record = results[-1]
         failure = f"{record['trainer'].upper()} step, {record['name']} failed: {record['failed'].get('rlhf')}"
         print("\n" + (steps.table(record) if record["providers"] else failure), flush=True)
-        steps.write(args.json, facts, results)
+        steps.write(path, facts, results)
 
     results = run(list(comparisons(args.device, threads, args.quick)), not alone, done)
     if args.plots:

@@ -16,6 +16,8 @@ from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
 
+from benchmarks.files import write_json
+
 ROOT = Path(__file__).resolve().parents[2]
 FORMAT = 1
 MEASURES = {  # label, unit, digits
@@ -124,8 +126,7 @@ def table(record: dict) -> str:
 
 def write(path: Path | None, facts: dict, results: list[dict]) -> None:
     if path:
-        report = {"format": FORMAT, "machine": facts, "results": results}
-        path.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+        write_json(path, {"format": FORMAT, "machine": facts, "results": results})
 
 
 def arguments_of(document: str, steps: int) -> argparse.ArgumentParser:
