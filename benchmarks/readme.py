@@ -297,6 +297,23 @@ def rankings(files: list[Results]) -> Iterator[str]:
 # The section
 
 
+def checks(folder: Path) -> Iterator[str]:
+    """What `make gpu` found wrong and right, on each GPU the last time."""
+    last: dict[str, tuple[str, str]] = {}
+    for path in sorted(folder.glob("*.json")):
+        report = json.loads(path.read_text(encoding="utf-8"))
+        tests = [report[name] for name in ("tests", "large_tests") if report.get(name)] if "steps" in report else []
+        if not tests or report["device"] != "cuda":
+            continue
+        counts = [f"{sum(part[outcome] for part in tests)} {outcome}" for outcome in ("passed", "failed", "skipped")]
+        counts += ["not all ran"] * any(part.get("killed") for part in tests)
+        memcheck = (report.get("sanitizer") or {}).get("summary")
+        told = f"{report['driver']}: tests {', '.join(counts)}" + (f"; memcheck: {memcheck}" if memcheck else "")
+        name = str(report["driver"]).partition(",")[0]
+        last[name] = max(last.get(name, ("", "")), (path.stem, f"{told} ([file](benchmarks/results/{path.name}))."))
+    yield from (told for _, told in last.values())
+
+
 def section(folder: Path) -> str:
     files = read(folder)
     on_gpu = [*ops(files, "cuda"), *trainers(files, "cuda")]
@@ -305,7 +322,7 @@ def section(folder: Path) -> str:
         ("Steps of the trainers", TRAINERS_INTRODUCTION, [*trainers(files, "cpu")]),
         ("Memory layouts", LAYOUTS_INTRODUCTION, [*layouts(files)]),
         ("Rankings against pairs", RANKINGS_INTRODUCTION, [*rankings(files)]),
-        ("On a GPU", "", on_gpu or [PENDING]),
+        ("On a GPU", "", [*checks(folder), *(on_gpu or [PENDING])]),
     ]
     if (ROOT / "docs/trainer-cpu.png").exists():
         parts[1][2].append("![Seconds of a step by phase](docs/trainer-cpu.png)")
@@ -320,7 +337,8 @@ an op needs. Of each op the largest case is shown; the files hold all, with spre
 its inputs, the error is the largest difference of any output from float64."""
 TRAINERS_INTRODUCTION = """\
 The same work in both, checked, each in a process of its own, medians of the steps after the first; memory is the peak
-of the process over what it held when its models were built. `make peers` makes TRL's environments."""
+of the process over what it held when its models were built. TRL takes the policy's log-probabilities from the logits of
+generation, so that its scoring is a pass shorter. `make peers` makes its environments."""
 LAYOUTS_INTRODUCTION = """\
 PPO on the gold reward of the demo's task, known-optimum score of each seed; and the peak of one PPO step of a model of
 50 million random parameters. On a CPU `offload` has nowhere to put weights: it saves memory on a GPU alone."""

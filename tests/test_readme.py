@@ -86,9 +86,14 @@ def test_an_ops_row_is_its_newest_file_and_largest_case(tmp_path):
 def test_a_gpu_is_pending_until_make_gpu_has_timed_one(tmp_path):
     written(tmp_path, "cpu.json", [case("gae", {"ours": 1.0})])
     assert readme.PENDING in readme.section(tmp_path)
-    parts = {"device": "cuda", "steps": {}, "ops": None, "ops_compile": None, "trainer": None}
+    parts = {"device": "cuda", "driver": "NVIDIA H200, 580.65", "steps": {}, "sanitizer": None}
+    parts |= dict.fromkeys(("ops", "ops_compile", "trainer"))
+    parts["tests"] = {"passed": 500, "failed": 1, "skipped": 2, "failures": [], "killed": True}
+    parts["large_tests"] = {"passed": 7, "failed": 0, "skipped": 0, "failures": []}
     (tmp_path / "nvidia-h200-2026-01-03.json").write_text(json.dumps(parts), encoding="utf-8")
-    assert readme.PENDING in readme.section(tmp_path)
+    text = readme.section(tmp_path)
+    assert readme.PENDING in text
+    assert "NVIDIA H200, 580.65: tests 507 passed, 1 failed, 2 skipped, not all ran ([file]" in text
     for name, seconds in (("ops", {"ours": 1e-3, "eager": 4e-3}), ("ops_compile", {"ours": 1e-3, "compile": 3e-3})):
         machine = OPS["machine"] | {"device": "cuda", "device_name": "NVIDIA H200"}
         parts[name] = {"machine": machine, "results": [case("gae", seconds)]}
