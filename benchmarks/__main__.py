@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import importlib
-import json
 import os
 import sys
 from dataclasses import asdict
@@ -45,6 +44,7 @@ def main(argv: list[str]) -> int:
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # read when torch loads; the profiler announces every run otherwise
     import torch
 
+    from .files import write_json
     from .harness import measure
     from .report import machine, machine_line, table
 
@@ -61,12 +61,12 @@ def main(argv: list[str]) -> int:
             for case in bench.cases(device, getattr(torch, dtype), args.quick):
                 results.append(measure(case, device, 0.5 if args.quick else args.seconds, args.providers))
                 print("\n" + table(results[-1]), flush=True)
+                if args.json:  # after each: a run may be cut short
+                    found = [asdict(result) for result in results]
+                    write_json(args.json, {"format": FORMAT, "machine": facts, "results": found})
     if not results:
         print(f"--dtype {' '.join(args.dtype)}: {' and '.join(args.ops)} take none of them", file=sys.stderr)
         return 2
-    if args.json:
-        report = {"format": FORMAT, "machine": facts, "results": [asdict(result) for result in results]}
-        args.json.write_text(json.dumps(report, indent=1) + "\n")
     return 0
 
 

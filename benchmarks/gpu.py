@@ -1,13 +1,22 @@
-"""One command for a machine with a GPU and no network: builds in place, runs the GPU tests and the op benchmarks and
-writes one JSON file.
+"""One command for a machine with a GPU and no network: builds in place, tests, times and writes one JSON file.
 
     python -m benchmarks.gpu --results-dir DIR [--device cpu]     (--device cpu tries the procedure without a GPU)
 
-A step that fails or runs out of time is recorded and the rest goes on; the exit code is 1 if the build or a test
-failed or, with a GPU asked for, none ran. The file gpu-DATE-TIME.json holds: device, driver, machine (versions, GPU,
-commit, as in the benchmarks' file), build (what was built, or why not), steps {name: returncode (null when killed),
-seconds, output (its end)}, tests {passed, failed, skipped, failures [{test, text}], killed if pytest was}, benchmarks
-(the file of `python -m benchmarks`, or null).
+Its steps, in this order: build; machine; tests, all that need a GPU; large_tests, those that fill its memory; ops, the
+op benchmarks with everybody but torch.compile; ops_compile, the same beside torch.compile, whose compiler takes
+longest; trainer, ours alone; sanitizer, compute-sanitizer's memcheck on a few tests, where that tool is. A step that
+fails or is out of time is recorded and the rest goes on; what it measured until then is kept. The whole ends within 520
+seconds. The exit code is 1 if the build or a test failed, memcheck found an error or, on a GPU, no test passed.
+
+The file GPU-DATE.json, as nvidia-h200-2026-11-26.json, replaces one of the same day and is written after every step:
+
+    device, driver   what was asked for; nvidia-smi's name, version and memory
+    machine          versions, GPU, commit, as in the benchmarks' file; null where torch did not say
+    build            what was built, or why not
+    steps            {name: {returncode (null when killed), seconds, output (its end)}}
+    tests, large_tests   {passed, failed, skipped, failures [{test, text}], killed if pytest was}
+    ops, ops_compile, trainer   the files of `python -m benchmarks` and benchmarks.trainer, or null
+    sanitizer        {tool, summary}: memcheck's last line, null where it did not come to it
 """
 
 from __future__ import annotations
@@ -16,47 +25,68 @@ import argparse
 import json
 import os
 import re
+import shutil
+import signal
 import subprocess
 import sys
 import tempfile
 import time
 import xml.etree.ElementTree as ElementTree
 from datetime import datetime, timezone
+from importlib.util import find_spec
 from pathlib import Path
 
+from benchmarks.__main__ import OPS, PROVIDERS
+from benchmarks.files import read_json, write_json
+
 ROOT = Path(__file__).resolve().parent.parent
-TESTS = ("tests/test_gpu.py", "tests/test_gpu_trainer.py")
-TOTAL_SECONDS = 520
-LIMITS = {"build": 200, "machine": 60, "tests": 320, "benchmarks": 300}  # each also ends with the total
+# Seconds after the start by which each step ends; who is done earlier leaves the time to those that follow.
+ENDS = {
+    "build": 120,
+    "machine": 130,
+    "tests": 250,
+    "large_tests": 280,
+    "ops": 350,
+    "ops_compile": 390,
+    "trainer": 490,
+    "sanitizer": 520,
+}
+FIRST = ("linear_ppo_loss", "token_logprobs", "ppo_loss", "gae", "linear_token_logprobs", "linear_dpo_loss")
+LARGE = "beyond_2"  # tests of offsets that take up to 45 GB, one after the other; by pytest's -k
+MEMCHECKED = "bad_bounds or bad_ids or warps"
 OUTCOMES = ("PASSED", "FAILED", "SKIPPED")
 MACHINE = "import json, sys, torch; from benchmarks.report import machine; "
 MACHINE += "print(json.dumps(machine(torch.device(sys.argv[1]), [])))"
 
 
 class Steps:
-    """Runs commands under one deadline and keeps what became of each."""
+    """Runs commands, each until its end in ENDS, and keeps what became of them."""
 
     def __init__(self) -> None:
         self.record: dict[str, dict] = {}
-        self._deadline = time.monotonic() + TOTAL_SECONDS
+        self._start = time.monotonic()
 
     def run(self, name: str, *command: str, **environment: str) -> str:
-        """The output; a command past its limit is killed, return code None."""
+        """The output; a command past its end is killed with all that it started, return code None."""
         print(f"{name}: {' '.join(map(str, command))[:200]}", flush=True)
         start = time.monotonic()
-        limit = max(1.0, min(LIMITS[name], self._deadline - start))
         env = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1", **environment}
-        try:
-            done = subprocess.run(
-                command, cwd=ROOT, env=env, timeout=limit, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+        with tempfile.TemporaryFile() as output:  # a pipe is open for as long as any child of the command lives
+            process = subprocess.Popen(
+                command, cwd=ROOT, env=env, stdout=output, stderr=subprocess.STDOUT, start_new_session=True
             )
-            returncode, output = done.returncode, done.stdout
-        except subprocess.TimeoutExpired as error:
-            returncode, output = None, (error.output or b"").decode(errors="replace")
+            try:
+                returncode = process.wait(max(1.0, self._start + ENDS[name] - start))
+            except subprocess.TimeoutExpired:
+                returncode = None
+                os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
+            output.seek(0)
+            text = output.read().decode(errors="replace")
         seconds = round(time.monotonic() - start, 1)
-        self.record[name] = {"returncode": returncode, "seconds": seconds, "output": output[-8000:]}
+        self.record[name] = {"returncode": returncode, "seconds": seconds, "output": text[-8000:]}
         print(f"{name}: return code {returncode} in {seconds} s", flush=True)
-        return output
+        return text
 
 
 def architecture() -> str:
@@ -76,11 +106,14 @@ def driver() -> str | None:
         return None
 
 
-def read_json(path: Path) -> dict | None:
-    try:
-        return json.loads(path.read_text())
-    except (OSError, ValueError):
-        return None
+def file_name(device: str, gpu: str | None) -> str:
+    name = (gpu or "cuda").partition(",")[0] if device == "cuda" else "procedure on cpu"
+    return f"{re.sub('[^a-z0-9]+', '-', name.lower()).strip('-')}-{datetime.now(timezone.utc):%Y-%m-%d}.json"
+
+
+def test_files() -> list[str]:
+    tests = sorted((ROOT / "tests").glob("test_*.py"))
+    return [str(path.relative_to(ROOT)) for path in tests if "mark.gpu" in path.read_text(encoding="utf-8")]
 
 
 def test_report(path: Path, output: str) -> dict:
@@ -88,7 +121,8 @@ def test_report(path: Path, output: str) -> dict:
     try:
         cases = list(ElementTree.parse(path).iter("testcase"))
     except (OSError, ElementTree.ParseError):
-        counts = {name.lower(): len(re.findall(rf"^tests/.* {name}", output, re.M)) for name in OUTCOMES}
+        lines = [line for line in output.splitlines() if "tests/" in line and "::" in line]
+        counts = {name.lower(): sum(bool(re.search(rf"\b{name}\b", line)) for line in lines) for name in OUTCOMES}
         return {**counts, "failures": [], "killed": True}
     failures, skipped = [], 0
     for case in cases:
@@ -101,36 +135,101 @@ def test_report(path: Path, output: str) -> dict:
     return {**counts, "failures": failures[:100]}
 
 
+def sanitizer() -> str | None:
+    return shutil.which("compute-sanitizer", path=f"{os.environ.get('PATH', '')}:/usr/local/cuda/bin")
+
+
+class Procedure:
+    """The steps by name; each fills its part of the report."""
+
+    def __init__(self, device: str, ops: list[str], report: dict, scratch: Path):
+        self.device, self.report, self.scratch, self.steps = device, report, scratch, Steps()
+        self.ops_named = ops or [*FIRST, *(op for op in OPS if op not in FIRST)]
+        self.quick = ["--quick"] if device == "cpu" else []
+        report["steps"] = self.steps.record
+
+    def build(self) -> None:
+        command = (sys.executable, "setup.py", "build_ext", "--inplace")
+        self.steps.run("build", *command, TORCH_CUDA_ARCH_LIST=architecture())
+        self.report["build"] = read_json(ROOT / "rlhf_kernels/_build.json")
+
+    def machine(self) -> None:
+        output = self.steps.run("machine", sys.executable, "-c", MACHINE, self.device)
+        if self.steps.record["machine"]["returncode"] == 0:
+            self.report["machine"] = json.loads(output.splitlines()[-1])
+
+    def tests(self) -> None:
+        workers = ["-n", "4"] if self.device == "cuda" and find_spec("xdist") else []  # most of the time is compiling
+        self._pytest("tests", "-k", f"not {LARGE}", *workers)
+
+    def large_tests(self) -> None:
+        self._pytest("large_tests", "-k", LARGE)
+
+    def ops(self) -> None:
+        self._benchmark("ops", *self.ops_named, "--providers", *(name for name in PROVIDERS if name != "compile"))
+
+    def ops_compile(self) -> None:
+        self._benchmark("ops_compile", *self.ops_named, "--providers", "ours", "compile")
+
+    def trainer(self) -> None:
+        self._benchmark("trainer", "--alone", module="benchmarks.trainer")
+
+    def sanitizer(self) -> None:
+        tool = sanitizer()
+        if tool is None or self.device == "cpu":
+            return
+        options = ["-m", "gpu", "-k", MEMCHECKED, "-x"]
+        command = [tool, "--tool", "memcheck", sys.executable, "-m", "pytest", "tests/test_gpu.py", *options]
+        # With torch's cache of memory an access beyond a tensor would stay within the cache's block.
+        output = self.steps.run("sanitizer", *command, PYTORCH_NO_CUDA_MEMORY_CACHING="1")
+        found = re.findall(r"ERROR SUMMARY: .*", output)
+        self.report["sanitizer"] = {"tool": tool, "summary": found[-1] if found else None}
+
+    def _pytest(self, name: str, *options: str) -> None:
+        xml = self.scratch / f"{name}.xml"
+        command = (sys.executable, "-m", "pytest", *test_files(), "-m", "gpu", *options)
+        output = self.steps.run(name, *command, "-vv", "--tb=short", f"--junitxml={xml}")
+        self.report[name] = test_report(xml, output)
+
+    def _benchmark(self, name: str, *options: str, module: str = "benchmarks") -> None:
+        path = self.scratch / f"{name}.json"
+        seconds = ["--seconds", "1"] if module == "benchmarks" and not self.quick else []
+        command = (sys.executable, "-m", module, *options, "--device", self.device, "--json", str(path))
+        self.steps.run(name, *command, *seconds, *self.quick)
+        self.report[name] = read_json(path)
+
+
+def good(report: dict) -> bool:
+    """Whether everything that ran came out right."""
+    steps = report["steps"]
+    built = "build" not in steps or bool(report["build"] and report["build"]["_C_cuda"]["built"])
+    ran = [name for name in ("tests", "large_tests") if name in steps]
+    tested = all(steps[name]["returncode"] == 0 for name in ran)
+    passed = sum(report[name]["passed"] for name in ran) > 0 or not ran or report["device"] == "cpu"
+    summary = (report["sanitizer"] or {}).get("summary")
+    return built and tested and passed and (summary is None or "ERROR SUMMARY: 0 errors" in summary)
+
+
 def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu", allow_abbrev=False)
     parser.add_argument("--results-dir", type=Path, default=ROOT / "benchmarks/results")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
+    parser.add_argument("--steps", nargs="+", choices=ENDS, default=list(ENDS), help="default all")
+    parser.add_argument("--ops", nargs="+", choices=OPS, help="to time; default all, the most used first")
     args = parser.parse_args(argv)
-    steps, python = Steps(), sys.executable
-    with tempfile.TemporaryDirectory() as scratch:
-        xml, timings = Path(scratch) / "tests.xml", Path(scratch) / "benchmarks.json"
-        steps.run("build", python, "setup.py", "build_ext", "--inplace", TORCH_CUDA_ARCH_LIST=architecture())
-        machine = steps.run("machine", python, "-c", MACHINE, args.device)
-        pytest = [python, "-m", "pytest", *TESTS, "-m", "gpu", "-vv", "--tb=short", f"--junitxml={xml}"]
-        tests = test_report(xml, steps.run("tests", *pytest))
-        options = ["--quick"] if args.device == "cpu" else ["--seconds", "5"]
-        steps.run("benchmarks", python, "-m", "benchmarks", "--device", args.device, "--json", str(timings), *options)
-        report = {
-            "device": args.device,
-            "driver": driver(),
-            "machine": json.loads(machine.splitlines()[-1]) if steps.record["machine"]["returncode"] == 0 else None,
-            "build": read_json(ROOT / "rlhf_kernels/_build.json"),
-            "steps": steps.record,
-            "tests": tests,
-            "benchmarks": read_json(timings),
-        }
+    gpu = driver()
     args.results_dir.mkdir(parents=True, exist_ok=True)
-    out = args.results_dir / f"gpu-{datetime.now(timezone.utc):%Y-%m-%d-%H%M%S}.json"
-    out.write_text(json.dumps(report, indent=1) + "\n")
+    out = args.results_dir / file_name(args.device, gpu)
+    report = {"device": args.device, "driver": gpu, "machine": None, "steps": {}}
+    report |= dict.fromkeys(name for name in ENDS if name != "machine")
+    with tempfile.TemporaryDirectory() as scratch:
+        procedure = Procedure(args.device, args.ops, report, Path(scratch))
+        for name in ENDS:
+            if name in args.steps:
+                getattr(procedure, name)()
+                write_json(out, report)
     print(f"wrote {out}")
-    built = report["build"] is not None and report["build"]["_C_cuda"]["built"]
-    tested = steps.record["tests"]["returncode"] == 0 and (tests["passed"] > 0 or args.device == "cpu")
-    return 0 if built and tested else 1
+    return 0 if good(report) else 1
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ from rlhf.config_dpo import OVER_THE_BATCH
 from rlhf.data import Dataset, load, plan
 from rlhf.forward import response_hidden, token_logprobs
 from rlhf.layout import recomputing
-from rlhf.log import Run, say_how_logprobs_are_formed
+from rlhf.log import Clock, Run, say_how_logprobs_are_formed
 from rlhf.model import LanguageModel, check_context
 from rlhf.optim import StepGuard, make_optimizer, set_learning_rate
 from rlhf.read import Source
@@ -48,9 +48,10 @@ def train(
         for step in run.steps():
             examples = data.window(*windows[step], config.seed)
             rate = set_learning_rate(optimizer, config, step, len(windows))
-            batch = collate(examples, policy)
+            batch, clock = collate(examples, policy), Clock()
             theirs = None if reference.kl is None else reference.kl[slice(*windows[step])]
             targets = Targets.of(examples, policy, reference, theirs)
+            clock.lap("reference")
             losses, stats = [], []
             with recomputing(modules, config):
                 for rows_of_part in whole_pairs(batch, config, policy.packed):
@@ -59,10 +60,12 @@ def train(
                     loss.backward()
                     losses.append(loss.detach())
                     stats.append(found)
+            clock.lap("gradient")
             loss = torch.stack(losses).sum()
             norm = guard.step(loss)
+            clock.lap("optimizer")
             metrics = dict(zip(("loss", "grad_norm"), torch.stack([loss, norm]).tolist()))
-            metrics |= metrics_of(sum(stats[1:], stats[0]), targets)
+            metrics |= metrics_of(sum(stats[1:], stats[0]), targets) | clock.laps
             metrics |= {"lr": rate, "epoch": windows[step][1] / len(data), "tokens": int(batch.lengths.sum())}
             metrics["skipped_steps"] = guard.check()
             if step + 1 == len(windows):

@@ -71,8 +71,9 @@ def train(
             with models.on_device():
                 experience, metrics = score(rollout, models, config, parts, moments, run.poll)
                 gold = per_response(models.gold.score(rollout)) if models.gold else None
-            experience = with_advantages(experience, config, kl.coef)
             clock.lap("score")
+            experience = with_advantages(experience, config, kl.coef)
+            clock.lap("advantages")
             rate = set_learning_rate(optimizer, config, step, total)
             updates: list[Update] = []
             with recomputing(models.modules, config):

@@ -247,6 +247,9 @@ def test_known_and_asked_references_agree_whatever_an_epoch_holds(kind, policies
         seen = []
         train(config, on_step=lambda step, policy, metrics, seen=seen: seen.append(metrics))
         assert seen[-1]["epoch"] > 3
+        for metrics in seen:
+            laps = [metrics[f"timing/{phase}"] for phase in ("reference", "gradient", "optimizer")]
+            assert min(laps) > 0 and sum(laps) < metrics["timing/step"]
         kls = [metrics.get("kl", 1.0) for metrics in seen]
         assert sum(kl > 0 for kl in kls) > 2 and len(set(kls)) > 2 * (kind == "kto"), kls
         outcomes.append([m["loss"] for m in seen] + [seen[-1]["eval/loss"], seen[-1]["eval/rewards/margins"]])

@@ -25,7 +25,7 @@ METRICS = [
     "objective/kl", "objective/entropy", "objective/non_score_reward", "objective/rlhf_reward", "objective/scores",
     "policy/approxkl_avg", "policy/clipfrac_avg", "policy/entropy_avg", "loss/policy_avg", "loss/value_avg",
     "val/clipfrac_avg", "val/ratio", "val/ratio_first", "val/num_eos_tokens", "lr", "episode", "timing/rollout",
-    "timing/score", "timing/update", "memory/peak_gb", "tokens_per_second",
+    "timing/score", "timing/advantages", "timing/update", "memory/peak_gb", "tokens_per_second",
 ]  # fmt: skip
 
 

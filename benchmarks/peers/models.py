@@ -16,27 +16,21 @@ import torch
 
 
 def write(folder: Path) -> None:
-    from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification
+    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
     settings = json.loads((folder / "settings.json").read_text(encoding="utf-8"))
-    vocab, preferences = settings["vocab"], "pair_lengths" in settings
-    config = LlamaConfig(
-        vocab_size=vocab,
-        hidden_size=128,
-        intermediate_size=512,
-        num_hidden_layers=4,
-        num_attention_heads=4,
-        num_key_value_heads=4,
-        max_position_embeddings=settings["longest"],
-        pad_token_id=None,
-        bos_token_id=None,
-        eos_token_id=None,
-        num_labels=1,
-    )
+    vocab, preferences = settings["vocab"], settings["trainer"] == "dpo"
+    kinds = {"policy": AutoModelForCausalLM}
+    if not preferences:
+        kinds["reward"] = AutoModelForSequenceClassification
     torch.manual_seed(0)
-    kinds = {"policy": LlamaForCausalLM} | ({} if preferences else {"reward": LlamaForSequenceClassification})
     for name, kind in kinds.items():
-        kind(config).save_pretrained(folder / name)
+        config = model_config(vocab, settings["longest"], **settings.get(name, settings["policy"]))
+        with torch.device(settings["device"]):
+            module = kind.from_config(config, dtype=torch.float32)
+        if settings["device"] == "cuda":  # half to write and to read; both trainers hold them in float32
+            module.to(torch.bfloat16)
+        module.save_pretrained(folder / name)
         tokenizer(vocab, f"w{vocab - 1}" if preferences else "<|pad|>").save_pretrained(folder / name)
     rng = random.Random(0)
 
@@ -54,6 +48,18 @@ def write(folder: Path) -> None:
     data.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
 
 
+def model_config(vocab: int, longest: int, kind: str, width: int, layers: int, heads: int, **others):
+    """A Llama or an OPT with one label and no special tokens; `others` are fields of its configuration."""
+    from transformers import LlamaConfig, OPTConfig
+
+    sizes = {"hidden_size": width, "num_hidden_layers": layers, "num_attention_heads": heads, "vocab_size": vocab}
+    special = dict.fromkeys(("pad_token_id", "bos_token_id", "eos_token_id"))
+    common = sizes | special | {"max_position_embeddings": longest, "num_labels": 1}
+    if kind == "opt":
+        return OPTConfig(**common | {"ffn_dim": 4 * width, "word_embed_proj_dim": width} | others)
+    return LlamaConfig(**common | {"intermediate_size": 4 * width, "num_key_value_heads": heads} | others)
+
+
 def tokenizer(vocab: int, pad: str):
     """Words w0, w1, ...; transformers puts the special tokens behind them."""
     from tokenizers import Tokenizer, models, pre_tokenizers
@@ -62,11 +68,6 @@ def tokenizer(vocab: int, pad: str):
     words = Tokenizer(models.WordLevel({f"w{i}": i for i in range(vocab)}, unk_token="w0"))
     words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     return PreTrainedTokenizerFast(tokenizer_object=words, pad_token=pad, eos_token=f"w{vocab - 1}")
-
-
-def end(rows: list[list[int]], lengths: list[int], eos: int) -> list[list[int]]:
-    """Sampled rows with the EOS id as their token number `length` and nowhere before it."""
-    return [[*(min(i, eos - 1) for i in row[: n - 1]), eos, *row[n:]] for row, n in zip(rows, lengths)]
 
 
 if __name__ == "__main__":

@@ -1,40 +1,55 @@
 """`.venv-peers/bin/python trl_dpo_step.py FOLDER RESULT`: the same steps by TRL's DPOTrainer.
 
-Imports nothing of this project. TRL's defaults but for what makes the work equal: float32, no gradient checkpointing
-(off in this trainer unless asked for), the order of the pairs, a constant learning rate, no saving.
+Imports nothing of this project but the meter beside it. TRL's defaults but for what makes the work equal: the type of
+the computation, no gradient checkpointing (off in this trainer unless asked for), the order of the pairs, a constant
+learning rate, no saving. Phases are its training step, the reference's forward pass in it, and what follows it.
 """
 
-import itertools
 import json
-import os
 import sys
-import time
 from pathlib import Path
 
 import torch
 from datasets import Dataset
+from meter import Meter
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 from trl import DPOConfig, DPOTrainer
 
 
 class Watch(TrainerCallback):
-    def __init__(self):
-        self.times, self.losses = [], []
+    def __init__(self, meter):
+        self.meter, self.losses = meter, []
 
     def on_train_begin(self, args, state, control, **_):
-        self.times.append((time.perf_counter(), time.process_time()))
+        self.meter.start()
 
     def on_step_end(self, args, state, control, **_):
-        self.times.append((time.perf_counter(), time.process_time()))
+        self.meter.step()
 
     def on_log(self, args, state, control, logs=None, **_):
         if "loss" in logs:
             self.losses.append(float(logs["loss"]))
 
 
+def watch_phases(trainer, meter):
+    training_step = trainer.training_step
+
+    def watched(*args, **options):
+        meter.enter("gradient")
+        found = training_step(*args, **options)
+        meter.enter("optimizer")
+        return found
+
+    trainer.training_step = watched
+    if trainer.ref_model is not None:
+        trainer.ref_model.register_forward_pre_hook(lambda *_: meter.enter("reference"))
+        trainer.ref_model.register_forward_hook(lambda *_: meter.enter("gradient"))
+
+
 def main(folder, result):
     settings = json.loads((folder / "settings.json").read_text(encoding="utf-8"))
     torch.set_num_threads(settings["threads"])
+    on_cpu, meter = settings["device"] == "cpu", Meter(settings["device"])
     args = DPOConfig(
         output_dir=str(folder / "trl"),
         beta=settings["beta"],
@@ -44,11 +59,11 @@ def main(folder, result):
         max_length=settings["longest"],
         learning_rate=settings["learning_rate"],
         lr_scheduler_type="constant",
-        precompute_ref_log_probs=True,
+        precompute_ref_log_probs=settings["precompute"],
         train_sampling_strategy="sequential",
         gradient_checkpointing=False,
-        use_cpu=True,
-        bf16=False,
+        use_cpu=on_cpu,
+        bf16=not on_cpu,
         logging_steps=1,
         save_strategy="no",
         report_to="none",
@@ -56,8 +71,8 @@ def main(folder, result):
     )
     tokenizer = AutoTokenizer.from_pretrained(folder / "policy")
     rows = [json.loads(line) for line in (folder / "pairs.jsonl").read_text(encoding="utf-8").splitlines()]
-    model, watch = AutoModelForCausalLM.from_pretrained(folder / "policy", dtype=torch.float32), Watch()
-    pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1])
+    model, watch = AutoModelForCausalLM.from_pretrained(folder / "policy", dtype=torch.float32), Watch(meter)
+    meter.weigh()
     trainer = DPOTrainer(
         model=model,
         args=args,
@@ -65,17 +80,9 @@ def main(folder, result):
         train_dataset=Dataset.from_list([rows[i] for i in settings["order"]]),
         callbacks=[watch],
     )
+    watch_phases(trainer, meter)
     trainer.train()
-    seconds, cpu_seconds = ([b - a for a, b in itertools.pairwise(column)] for column in zip(*watch.times))
-    status = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
-    row = {
-        "seconds": seconds,
-        "cpu_seconds": cpu_seconds,
-        "built_bytes": pages * os.sysconf("SC_PAGESIZE"),
-        "peak_bytes": next(int(line.split()[1]) for line in status if line.startswith("VmHWM:")) * 1024,
-        "losses": watch.losses,
-    }
-    result.write_text(json.dumps(row), encoding="utf-8")
+    result.write_text(json.dumps(meter.row() | {"losses": watch.losses}), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -1,56 +1,74 @@
 """`.venv-trl/bin/python trl_ppo_step.py FOLDER RESULT`: the same steps by TRL's PPOTrainer.
 
-Imports nothing of this project. TRL's defaults but for what makes the work equal: float32, no gradient checkpointing
-(this trainer has none either), no saving, no tables of samples, no stop token.
+Imports nothing of this project but the meter beside it. TRL's defaults but for what makes the work equal: the type of
+the computation, no gradient checkpointing (off in this trainer unless asked for), no saving, no tables of samples, no
+stop token. Phases are the functions that PPOTrainer.train calls. Its log-probabilities of the policy come from the
+logits of sampling, so that its scoring has a forward pass less than this trainer's.
 """
 
-import itertools
 import json
-import os
-import resource
 import sys
-import time
 from pathlib import Path
 
 import torch
 from datasets import Dataset
+from meter import REST, Meter, end
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, TrainerCallback
 from trl.experimental.ppo import PPOConfig, PPOTrainer, ppo_trainer
 
 
 class Watch(TrainerCallback):
-    def __init__(self):
-        self.times, self.entropy = [], []
+    def __init__(self, meter):
+        self.meter, self.entropy = meter, []
 
     def on_train_begin(self, args, state, control, **_):
-        pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1])
-        self.built = pages * os.sysconf("SC_PAGESIZE")
-        self.times.append((time.perf_counter(), time.process_time()))
+        self.meter.weigh()
+        self.meter.start()
 
     def on_step_end(self, args, state, control, **_):
-        self.times.append((time.perf_counter(), time.process_time()))
+        self.meter.step()
 
     def on_log(self, args, state, control, logs=None, **_):
         if "objective/entropy" in logs:
             self.entropy.append(logs["objective/entropy"])
 
 
-def end(rows, lengths, eos):
-    """benchmarks/peers/models.py has the same."""
-    return [[*(min(i, eos - 1) for i in row[: n - 1]), eos, *row[n:]] for row, n in zip(rows, lengths)]
+def watch_phases(trainer, meter):
+    """A phase begins where a function is called, or where it returns."""
+    whole, forward, get_reward = trainer.model, ppo_trainer.forward, ppo_trainer.get_reward
+    gather = trainer.accelerator.gather_for_metrics
+
+    def watched_forward(model, *args, **options):
+        meter.enter("update" if model is whole else "scoring")
+        return forward(model, *args, **options)
+
+    def watched_reward(*args, **options):
+        meter.enter("scoring")
+        found = get_reward(*args, **options)
+        meter.enter("advantages")  # unless another micro-batch is scored
+        return found
+
+    def watched_gather(*args, **options):
+        meter.enter(REST)
+        return gather(*args, **options)
+
+    ppo_trainer.forward, ppo_trainer.get_reward = watched_forward, watched_reward
+    trainer.accelerator.gather_for_metrics = watched_gather
 
 
-def end_responses(found, settings):
+def end_responses(found, settings, meter):
     """Gives each rollout its lengths and notes its tokens: `batch_generation` is where PPOTrainer samples."""
     steps, eos = iter(settings["lengths"]), settings["vocab"] - 1
     generate = ppo_trainer.batch_generation
 
     def counted(model, queries, size, pad_token_id, generation_config):
+        meter.enter("generation")
         sequences, logits = generate(model, queries, size, pad_token_id, generation_config)
         lengths, width = next(steps), queries.shape[1]
         ended = end(sequences[:, width:].tolist(), lengths, eos)
-        sequences = torch.cat([sequences[:, :width], torch.tensor(ended)], 1)
+        sequences = torch.cat([sequences[:, :width], torch.tensor(ended, device=sequences.device)], 1)
         found.append(sum(lengths))
+        meter.enter("scoring")
         return sequences, logits
 
     ppo_trainer.batch_generation = counted
@@ -59,6 +77,7 @@ def end_responses(found, settings):
 def main(folder, result):
     settings = json.loads((folder / "settings.json").read_text(encoding="utf-8"))
     torch.set_num_threads(settings["threads"])
+    on_cpu, meter, responses = settings["device"] == "cpu", Meter(settings["device"]), []
     args = PPOConfig(
         output_dir=str(folder / "trl"),
         per_device_train_batch_size=settings["prompts"],
@@ -72,18 +91,20 @@ def main(folder, result):
         num_sample_generations=0,
         stop_token="eos",
         gradient_checkpointing=False,
-        use_cpu=True,
-        bf16=False,
+        use_cpu=on_cpu,
+        bf16=not on_cpu,
         save_strategy="no",
         report_to="none",
         disable_tqdm=True,
     )
     tokenizer = AutoTokenizer.from_pretrained(folder / "policy", padding_side="left")
     rows = [json.loads(line) for line in (folder / "prompts.jsonl").read_text(encoding="utf-8").splitlines()]
-    watch, responses = Watch(), []
-    end_responses(responses, settings)
-    policy, reference = (AutoModelForCausalLM.from_pretrained(folder / "policy") for _ in range(2))
-    reward, value = (AutoModelForSequenceClassification.from_pretrained(folder / "reward") for _ in range(2))
+    watch = Watch(meter)
+    end_responses(responses, settings, meter)
+    policy, reference = (AutoModelForCausalLM.from_pretrained(folder / "policy", dtype=torch.float32) for _ in range(2))
+    reward, value = (
+        AutoModelForSequenceClassification.from_pretrained(folder / "reward", dtype=torch.float32) for _ in range(2)
+    )
     trainer = PPOTrainer(
         args=args,
         processing_class=tokenizer,
@@ -94,17 +115,10 @@ def main(folder, result):
         train_dataset=Dataset.from_dict({"input_ids": [tokenizer(row["prompt"])["input_ids"] for row in rows]}),
         callbacks=[watch],
     )
+    watch_phases(trainer, meter)
     trainer.train()
-    seconds, cpu_seconds = ([b - a for a, b in itertools.pairwise(column)] for column in zip(*watch.times))
-    row = {
-        "seconds": seconds,
-        "cpu_seconds": cpu_seconds,
-        "built_bytes": watch.built,
-        "peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
-        "entropy": watch.entropy,
-        "response_tokens": responses,
-    }
-    result.write_text(json.dumps(row), encoding="utf-8")
+    found = {"entropy": watch.entropy, "response_tokens": responses}
+    result.write_text(json.dumps(meter.row() | found), encoding="utf-8")
 
 
 if __name__ == "__main__":
