@@ -25,7 +25,7 @@ BENCH_FILE = $(RESULTS_DIR)/cpu-$$(date +%F)
 
 bench: $(VENV)/.ready
 	mkdir -p $(RESULTS_DIR)
-	$(BENCH_RUN) -m benchmarks op scaling --device cpu --seconds 4 --json $(BENCH_FILE).json --csv $(BENCH_FILE).csv \
+	$(BENCH_RUN) -m benchmarks op scaling --device cpu --seconds 3 --json $(BENCH_FILE).json --csv $(BENCH_FILE).csv \
 		--plots $(RESULTS_DIR)/plots
 
 # Fails where an op is slower against eager than benchmarks/results/regressions.json says of this machine.

@@ -19,7 +19,7 @@ The JSON file:
     machine   cpu, cores, threads, memory_gb, device, device_name, python, torch, triton, peers {package: version},
               rlhf_kernels, commit, modified, date, argv, cpu_isa, backends {op: {device: backend}},
               unavailable {backend: why}
-    refused   {op: the first failure of its battery}
+    refused   {op: the first failure of its battery}, and {case: what ours raised there}
     results   a list of cases:
       op, variant (what it computes here, "" where there is one), mode ("forward" under no_grad, or
       "forward+backward"), sizes {name: number}, shape (the numbers), dtype, backend (of ours), input_bytes
@@ -49,9 +49,10 @@ The JSON file:
                           that read a value (item, nonzero, masked_select, unique), argument checks among them
         max_abs_error     {output: largest |difference| from the eager code in float64}
     scaling   a list of sweeps: op, variant, mode, dtype, x_name (the size that varies), points (a list of cases as
-              above, without errors; `failed` says at which need of memory or time a provider stopped)
+              above, without errors; `failed` says at which need of memory or time a provider stopped; ours
+              stops for memory alone)
 
 `--csv` writes the same in Liger's columns (liger_csv.py), `--plots` draws it (plots.py), `--compare OLD.json` says
-which op became slower (compare.py). Timings are never tests: `make bench-check` (regressions.py) is apart from `make test`,
-and tests/test_benchmarks.py checks that the numbers are what this page says they are.
+which op became slower (compare.py). Timings are never tests: `make bench-check` (regressions.py) is apart from `make
+test`, and tests/test_benchmarks.py checks that the numbers are what this page says they are.
 """

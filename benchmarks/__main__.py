@@ -73,11 +73,18 @@ def main(argv: list[str]) -> int:
         return 2
     facts = report.machine(device, argv)
     print(report.machine_line(facts), flush=True)
-    outcome = ops.run(args, old, facts) if "op" in args.kinds else ops.Outcome()
-    found = {"format": FORMAT, "machine": facts, "results": outcome.results, "refused": outcome.refused}
-    found["scaling"] = scaling.run(args) if "scaling" in args.kinds else []
-    if args.json:
-        args.json.write_text(report.text(found))
+    outcome = ops.Outcome()
+    found = {"format": FORMAT, "machine": facts, "refused": outcome.refused, "results": outcome.results, "scaling": []}
+
+    def save() -> None:
+        if args.json:
+            args.json.write_text(report.text(found))
+
+    if "op" in args.kinds:
+        ops.run(args, old, facts, outcome, save)
+    if "scaling" in args.kinds:
+        scaling.run(args, found["scaling"], save)
+    save()
     if args.csv:
         liger_csv.write(found, args.csv)
     if args.plots:

@@ -10,7 +10,7 @@ import torch
 import rlhf_kernels
 
 from .accuracy import first_line, max_abs_error, truth
-from .case import EAGER, OURS, Case, Inputs, Provider, key_of, on_backend, with_other_backends
+from .case import OURS, Case, Inputs, Provider, key_of, on_backend, with_other_backends
 from .ceilings import COPY, COPY_BYTES, MATMUL, copier, multiplier
 from .counts import Counts, count
 from .timing import MIN_ROUNDS, Clock, interleave, quantile
@@ -73,8 +73,8 @@ def _warm_up(
     device: torch.device,
     judge: bool,
 ) -> tuple[dict[str, dict[str, float]], dict[str, Counts], dict[str, str]]:
-    """({provider: errors}, {provider: counts}, {provider: why it cannot run}). Where errors are judged, ours and eager
-    must run."""
+    """({provider: errors}, {provider: counts}, {provider: why it cannot run}). Where errors are judged, ours must
+    run."""
     exact = truth(case, inputs) if judge else {}
     errors, counts, failed = {}, {}, {}
     for name, provider in providers.items():
@@ -88,7 +88,7 @@ def _warm_up(
                 del outputs
                 counts[name] = count(lambda provider=provider: provider.run(**inputs), device)
         except Exception as error:  # a rival's compiler or memory fails in ways of its own; the report says so
-            if judge and name in (OURS, EAGER):
+            if judge and name == OURS:
                 raise
             failed[name] = first_line(error)
             errors.pop(name, None)
@@ -103,10 +103,10 @@ def measure(
     seconds: float,  # of timing; warm-up and compilation come on top
     only: list[str] | None = None,  # providers; eager says what is true all the same
     *,
-    judge: bool = True,  # False: no errors against float64, and what ours and eager raise is reported, too
+    judge: bool = True,  # False: no errors against float64, and what ours raises is reported, too
     min_rounds: int = MIN_ROUNDS,
 ) -> Result:
-    """Runs one case. Raises what ours or eager raise; other providers that fail are reported in `failed`."""
+    """Runs one case. Raises what ours raises, or the truth; other providers that fail are reported in `failed`."""
     inputs = case.inputs()
     everyone = with_other_backends(case, device) if judge else case.providers
     providers = {name: p for name, p in everyone.items() if only is None or name in only}

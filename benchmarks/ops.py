@@ -5,14 +5,14 @@ from __future__ import annotations
 
 import argparse
 import importlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from types import ModuleType
 
 import torch
 
 from . import compare
-from .accuracy import refusal
+from .accuracy import first_line, refusal
 from .case import OURS, Case, with_other_backends
 from .measure import Result, measure
 from .report import table
@@ -26,7 +26,7 @@ class Outcome:
     """What a run found; entries as in the JSON file."""
 
     results: list[dict] = field(default_factory=list)
-    refused: dict[str, str] = field(default_factory=dict)  # op: why
+    refused: dict[str, str] = field(default_factory=dict)  # op or case: why
     verdicts: list[compare.Verdict] = field(default_factory=list)
 
 
@@ -62,21 +62,26 @@ def cases(args: argparse.Namespace, device: torch.device, refused: dict[str, str
                     yield case
 
 
-def run(args: argparse.Namespace, old: dict | None, facts: dict) -> Outcome:
+def run(args: argparse.Namespace, old: dict | None, facts: dict, outcome: Outcome, save: Callable[[], None]) -> None:
+    """Fills `outcome`, and saves after each case: a long run that is killed has not run for nothing."""
     device, seconds = torch.device(args.device), QUICK_SECONDS if args.quick else args.seconds
-    outcome = Outcome()
     before = {compare.key(result): result for result in old["results"]} if old else {}
     same = old is not None and compare.same_machine(old["machine"], facts)
     for case in cases(args, device, outcome.refused):
-        result = measure(case, device, seconds, args.providers)
-        if old is not None:
-            result, verdict = confirmed(case, result, before.get(case.key), same, device, seconds, args.providers)
-            outcome.verdicts.append(verdict)
+        try:
+            result = measure(case, device, seconds, args.providers)
+            if old is not None:
+                result, verdict = confirmed(case, result, before.get(case.key), same, device, seconds, args.providers)
+                outcome.verdicts.append(verdict)
+        except Exception as error:  # ours raised: the other cases are of interest all the same
+            outcome.refused[case.key] = first_line(error)
+            print(f"\n{case.key} failed: {outcome.refused[case.key]}", flush=True)
+            continue
         print("\n" + table(result), flush=True)
         outcome.results.append(asdict(result))
+        save()
     if outcome.verdicts:
         print("\n" + compare.table(outcome.verdicts, same), flush=True)
-    return outcome
 
 
 def confirmed(

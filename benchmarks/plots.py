@@ -118,6 +118,7 @@ def bandwidth(results: list[dict]) -> Any:
     axis.axvline(1, color="black", lw=1, ls="--", label="copy of 256 MiB;\nbeyond it: a cache")
     axis.set_yticks(range(len(shown)), [_label(result) for result in shown], fontsize=9)
     axis.set(xscale="log", xlabel="compulsory bytes a second, as a share of the copy's in the same rounds")
+    axis.set_title("Ops without matrix products: achieved bandwidth, median and p20 to p80", fontsize=12)
     axis.grid(True, axis="both", alpha=0.3)
     axis.set_ylim(-0.7, len(shown) - 0.3)
     axis.legend(fontsize=9, loc="center left", bbox_to_anchor=(1, 0.5))
@@ -131,39 +132,44 @@ def _label(result: dict) -> str:
 
 
 def roofline(results: list[dict]) -> Any:
-    """A panel an op, so that providers of one size can be told apart."""
+    """A panel an op, so that providers can be told apart."""
+    from matplotlib.lines import Line2D
+
     panels: dict[str, list[dict]] = {}
     for result in results:
         panels.setdefault(result["op"], []).append(result)
-    figure, axes = _figure(1, len(panels), max(7.0, 4.6 * len(panels)), 5.6)
-    for axis, (op, found) in zip(axes[0], panels.items()):
+    rows = (len(panels) + 1) // 2
+    figure, axes = _figure(rows, min(2, len(panels)), 6.0 * min(2, len(panels)) + 1.6, 4.4 * rows + 0.6)
+    for axis, (op, found) in zip(axes.flat, panels.items()):
         _roof(axis, op, found)
+    for axis in list(axes.flat)[len(panels) :]:
+        axis.set_axis_off()
+    used = [name for name in COLOURS if any(name in result["providers"] for result in results)]
+    handles = [Line2D([], [], ls="", marker=MARKERS[name], color=COLOURS[name], label=name) for name in used]
+    figure.legend(handles=[Line2D([], [], color="black", label="ceiling"), *handles], loc="outside right center")
+    figure.suptitle("Ops with matrix products, each size and mode, under the ceilings of the same rounds", fontsize=12)
     return figure
 
 
 def _roof(axis: Any, op: str, results: list[dict]) -> None:
-    used = [name for name in COLOURS if any(name in result["providers"] for result in results)]
+    from matplotlib.ticker import NullFormatter
+
     intensities = [result["flops"] / result["bytes_moved"] for result in results]
     copy, product = (
         [result[name] for result in results if result[name]] for name in ("copy_gb_per_s", "matmul_tflop_per_s")
     )
     bandwidth, peak = sorted(copy)[len(copy) // 2] * 1e9, sorted(product)[len(product) // 2]
     ridge = peak * 1e12 / bandwidth
-    span = [min(*intensities, ridge) / 4, max(*intensities, ridge) * 4]
-    xs = [span[0], ridge, span[1]]
-    roof = [min(peak, x * bandwidth / 1e12) for x in xs]
-    axis.plot(xs, roof, "k-", lw=1.5, label=f"copy {bandwidth / 1e9:.3g} GB/s,\nproduct {peak:.3g} Tflop/s")
-    for name in used:
-        here = [
-            (x, result["providers"][name]) for x, result in zip(intensities, results) if name in result["providers"]
-        ]
-        size = 9 if name == "ours" else 6
-        points = [x for x, _ in here], [m["tflop_per_s"] for _, m in here]
-        axis.plot(*points, MARKERS[name], color=COLOURS[name], ms=size, label=name, ls="")
-    axis.set(xscale="log", yscale="log", xlabel="needed flops a compulsory byte", title=op)
-    axis.set_ylabel("needed Tflop/s achieved")
+    xs = [min(*intensities, ridge) / 10, ridge, max(*intensities, ridge) * 10]
+    axis.plot(xs, [min(peak, x * bandwidth / 1e12) for x in xs], "k-", lw=1.5)
+    for x, result in zip(intensities, results):
+        for name, m in result["providers"].items():
+            size = 9 if name == "ours" else 6
+            axis.plot(x, m["tflop_per_s"], MARKERS[name], color=COLOURS[name], ms=size, alpha=0.9)
+    axis.set(xscale="log", yscale="log", xlabel="needed flops a compulsory byte", ylabel="needed Tflop/s achieved")
+    axis.set_title(f"{op}: copy {bandwidth / 1e9:.3g} GB/s, product {peak:.3g} Tflop/s", fontsize=11)
+    axis.xaxis.set_minor_formatter(NullFormatter())
     axis.grid(True, which="both", alpha=0.25)
-    axis.legend(fontsize=8)
 
 
 if __name__ == "__main__":

@@ -1,8 +1,9 @@
 """Time and memory over sizes: against tokens, vocabulary, sequences, length, each provider until it stops.
 
 Before a size is run, what each provider would need there is drawn on the line through its last two sizes: the peak over
-the inputs, and the seconds of a call. One that would not fit into what is free, or would take too long, stops, and says
-what it would have needed; so does one that fails. Errors are judged at the fixed sizes of the op benchmarks, not here.
+the inputs, and the seconds of a call. One that would not fit into what is free stops, and says what it would have
+needed; so does a rival that would take too long, and one that fails. Errors are judged at the fixed sizes of the op
+benchmarks, not here.
 """
 
 from __future__ import annotations
@@ -15,11 +16,12 @@ from functools import partial
 import torch
 
 from . import bench_gae, bench_linear_ppo_loss, bench_linear_token_logprobs, bench_ppo_advantages, bench_token_logprobs
-from .case import Case
+from .accuracy import first_line
+from .case import OURS, Case
 from .measure import Result, measure
 from .report import sweep_table
 
-MAX_CALL_SECONDS = {"cpu": 6.0, "cuda": 3.0}
+MAX_CALL_SECONDS = {"cpu": 1.5, "cuda": 3.0}  # of rivals
 POINT_SECONDS, QUICK_SECONDS = 2.0, 0.2  # of timing a size
 MIN_ROUNDS = 3
 USABLE = 0.9  # of the memory that is free
@@ -71,7 +73,7 @@ class History:
         if need > free:
             return f"would need {need / 1e9:.1f} GB of {free / 1e9:.1f} GB that are free"
         seconds = self.at(x, self.seconds[name])
-        return f"would take {seconds:.1f} s a call" if seconds > max_seconds else None
+        return f"would take {seconds:.1f} s a call" if seconds > max_seconds and name != OURS else None
 
 
 def free_bytes(device: torch.device, cap_gb: float | None) -> float:
@@ -99,7 +101,11 @@ def sweep(curve: Sweep, args: argparse.Namespace, device: torch.device) -> dict:
         if not running:
             break
         seconds = QUICK_SECONDS if args.quick else POINT_SECONDS
-        result = measure(replace(case, providers=running), device, seconds, judge=False, min_rounds=MIN_ROUNDS)
+        try:
+            result = measure(replace(case, providers=running), device, seconds, judge=False, min_rounds=MIN_ROUNDS)
+        except torch.OutOfMemoryError as error:  # of the inputs, or of a call that ran before
+            print(f"{curve.x_name} {x}: {first_line(error)}", flush=True)
+            break
         history.add(x, result)
         points.append(asdict(replace(result, failed=dict(history.stopped))))
     first = points[0]
@@ -112,9 +118,9 @@ def sweeps(device: torch.device, dtype: torch.dtype | None, quick: bool) -> list
     cuda = device.type == "cuda"
     of_logits = dtype or (torch.bfloat16 if cuda else torch.float32)
     of_tokens = torch.float32
-    width, vocab, rows = (4096, 128256, 8192) if cuda else (64, 128256, 256)
-    tokens = (1024, 4096, 16384, 65536, 131072) if cuda else (256, 1024, 2048, 4096, 8192, 16384)
-    of_rows = (1024, 4096, 16384, 65536) if cuda else (256, 1024, 2048, 4096)
+    width, vocab, rows = (4096, 128256, 8192) if cuda else (64, 128256, 128)
+    tokens = (1024, 4096, 16384, 65536, 131072) if cuda else (64, 256, 1024, 4096)
+    of_rows = (1024, 4096, 16384, 65536) if cuda else (64, 256, 1024, 4096)
     vocabularies = (8000, 32000, 64000, 128256, 256000) if cuda else (8000, 32000, 128256, 256000)
     sequences, length = ((64, 512, 4096, 32768), 512) if cuda else ((8, 64, 512, 4096), 512)
     lengths, batch = ((128, 1024, 8192, 32768), 512) if cuda else ((64, 256, 1024, 4096), 64)
@@ -137,13 +143,12 @@ def sweeps(device: torch.device, dtype: torch.dtype | None, quick: bool) -> list
     return found
 
 
-def run(args: argparse.Namespace) -> list[dict]:
-    """Entries of `scaling`, of the ops named."""
+def run(args: argparse.Namespace, found: list[dict], save: Callable[[], None]) -> None:
+    """Appends entries of `scaling`, of the ops named, and saves after each."""
     device = torch.device(args.device)
     dtype = getattr(torch, args.dtype[0]) if args.dtype else None
-    found = []
     for curve in sweeps(device, dtype, args.quick):
         if curve.case(curve.xs[0]).op in args.ops:
             found.append(sweep(curve, args, device))
+            save()
             print("\n" + sweep_table(found[-1]), flush=True)
-    return found

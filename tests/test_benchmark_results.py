@@ -23,6 +23,12 @@ def ops_arguments(*words):
     return parse([*words, "--quick", "--threads", "1", "--providers", "ours", "eager"])
 
 
+def run(args, old=None, facts=None):
+    outcome = ops.Outcome()
+    ops.run(args, old, facts or {}, outcome, lambda: None)
+    return outcome
+
+
 # Comparison with an earlier file
 
 
@@ -64,14 +70,14 @@ def test_compare_finds_a_slowed_op_and_only_that(tmp_path, monkeypatch):
     """A sleep in an op: the verdict of the file that was written without it."""
     facts = dict.fromkeys(compare.MACHINE, "x")
     args = ops_arguments("masked_whiten")
-    old = {"machine": facts, "results": ops.run(args, None, facts).results}
+    old = {"machine": facts, "results": run(args, None, facts).results}
     monkeypatch.setattr(compare, "MARGIN", 3.0)
     monkeypatch.setattr(compare.judge, "__defaults__", (3.0,))  # a busy machine may triple a time
-    (verdict,) = ops.run(args, old, facts).verdicts
+    (verdict,) = run(args, old, facts).verdicts
     assert verdict.verdict == "same"
     fast = rlhf_kernels.masked_whiten
     monkeypatch.setattr(rlhf_kernels, "masked_whiten", lambda *a, **k: (time.sleep(0.005), fast(*a, **k))[1])
-    (verdict,) = ops.run(args, old, facts).verdicts
+    (verdict,) = run(args, old, facts).verdicts
     assert verdict.slower and verdict.time > 50
 
 
@@ -144,7 +150,7 @@ def swept(tmp_path_factory):
     curves = scaling.sweeps(CPU, None, quick=True)
     tokens = replace(curves[0], xs=(8, 16, 32))
     found = [scaling.sweep(curve, args, CPU) for curve in (tokens, curves[1], curves[6])]
-    results = ops.run(ops_arguments("masked_whiten", "linear_kl"), None, {}).results
+    results = run(ops_arguments("masked_whiten", "linear_kl")).results
     machine = {
         "device_name": "a CPU", "threads": 1, "cores": 2, "torch": torch.__version__, "rlhf_kernels": "0.1.0",
         "commit": None, "modified": None, "date": "2026-01-01T00:00:00+00:00",

@@ -134,7 +134,8 @@ def test_an_op_with_a_red_battery_is_refused(monkeypatch, capsys):
     off = replace(case, call=lambda **inputs: tuple(x * 1.001 for x in case.call(**inputs)))
     monkeypatch.setattr(accuracy.testing, "cases", lambda op: [off])
     args = parse(["masked_whiten", "--quick"])
-    outcome = ops.run(args, None, {})
+    outcome = ops.Outcome()
+    ops.run(args, None, {}, outcome, lambda: None)
     assert outcome.results == [] and "error" in outcome.refused["masked_whiten"]
     assert "masked_whiten refused, its battery fails" in capsys.readouterr().out
 
