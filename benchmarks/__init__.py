@@ -48,9 +48,9 @@ The JSON file:
         host_syncs        on CUDA how often the host waited for a stream; on a CPU, where nothing waits, the operators
                           that read a value (item, nonzero, masked_select, unique), argument checks among them
         max_abs_error     {output: largest |difference| from the eager code in float64}
-    scaling   a list of sweeps: op, variant, mode, dtype, x_name (the size that varies), points (a list of cases as
-              above, without errors; `failed` says at which need of memory or time a provider stopped; ours
-              stops for memory alone)
+    scaling   a list of sweeps: op, variant, mode, dtype, x_name (the size that varies), stopped {provider: why},
+              points (a list of cases as above, without errors; `failed` says at which need of memory or time a
+              provider stopped; ours stops for memory alone)
 
 `--csv` writes the same in Liger's columns (liger_csv.py), `--plots` draws it (plots.py), `--compare OLD.json` says
 which op became slower (compare.py). Timings are never tests: `make bench-check` (regressions.py) is apart from `make

@@ -41,7 +41,7 @@ def draw(report: dict, folder: Path) -> list[Path]:
     matplotlib.use("Agg")
     folder.mkdir(parents=True, exist_ok=True)
     sweeps: dict[str, list[dict]] = {}
-    for sweep in report["scaling"]:
+    for sweep in filter(lambda sweep: sweep["points"], report["scaling"]):
         sweeps.setdefault(sweep["op"], []).append(sweep)
     pictures = {f"scaling-{op}.png": scaling(found) for op, found in sweeps.items()}
     bound = [result for result in report["results"] if not result["flops"]]

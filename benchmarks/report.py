@@ -113,16 +113,11 @@ def sweep_table(sweep: dict) -> str:
     names = list(dict.fromkeys(name for point in points for name in (*point["providers"], *point["failed"])))
     lines = [f"{sweep['op']} {sweep['mode']} against {sweep['x_name']}, {sweep['dtype']}: median ms, peak MB"]
     lines.append(f"{'':>10}" + "".join(f"{name:>20}" for name in names))
-    stopped = {}
     for point in points:
-        cells = []
-        for name in names:
-            m = point["providers"].get(name)
-            cells.append(f"{m['median_s'] * 1e3:.2f}, {m['peak_bytes'] / 1e6:.1f}" if m else "-")
-            if not m:
-                stopped.setdefault(name, f"  {name} at {point['sizes'][sweep['x_name']]}: {point['failed'].get(name)}")
+        found = (point["providers"].get(name) for name in names)
+        cells = (f"{m['median_s'] * 1e3:.2f}, {m['peak_bytes'] / 1e6:.1f}" if m else "-" for m in found)
         lines.append(f"{point['sizes'][sweep['x_name']]:>10}" + "".join(f"{cell:>20}" for cell in cells))
-    return "\n".join([*lines, *stopped.values()])
+    return "\n".join([*lines, *(f"  {name} stopped: {why}" for name, why in sweep["stopped"].items())])
 
 
 def text(report: dict) -> str:

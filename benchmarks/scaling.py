@@ -104,13 +104,13 @@ def sweep(curve: Sweep, args: argparse.Namespace, device: torch.device) -> dict:
         try:
             result = measure(replace(case, providers=running), device, seconds, judge=False, min_rounds=MIN_ROUNDS)
         except torch.OutOfMemoryError as error:  # of the inputs, or of a call that ran before
-            print(f"{curve.x_name} {x}: {first_line(error)}", flush=True)
+            history.stopped |= dict.fromkeys(running, first_line(error))
             break
         history.add(x, result)
         points.append(asdict(replace(result, failed=dict(history.stopped))))
-    first = points[0]
-    identity = {name: first[name] for name in ("op", "variant", "mode", "dtype")}
-    return identity | {"x_name": curve.x_name, "points": points}
+    dtype = str(case.dtype).removeprefix("torch.")
+    identity = {"op": case.op, "variant": case.variant, "mode": case.mode, "dtype": dtype}
+    return identity | {"x_name": curve.x_name, "stopped": history.stopped, "points": points}
 
 
 def sweeps(device: torch.device, dtype: torch.dtype | None, quick: bool) -> list[Sweep]:

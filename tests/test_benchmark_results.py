@@ -164,6 +164,7 @@ def test_sweeps_go_on_without_who_does_not_fit(swept):
     assert all("ours" in point["providers"] for point in first["points"])
     assert "eager" in first["points"][0]["providers"] and "eager" not in first["points"][-1]["providers"]
     assert first["points"][-1]["failed"]["eager"].startswith("would need")
+    assert first["stopped"] == first["points"][-1]["failed"]  # ours reached the end
 
 
 def test_csv_has_ligers_columns(swept):
