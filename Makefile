@@ -7,7 +7,7 @@ RUN = $(VENV)/bin/python
 PIP = $(RUN) -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 SOURCES = pyproject.toml setup.py constraints.txt $(shell find csrc -type f)
 
-.PHONY: demo test test-slow bench gpu lint peers clean
+.PHONY: demo test test-slow bench bench-check gpu lint peers clean
 
 demo: $(VENV)/.ready
 	$(RUN) -m rlhf demo
@@ -18,9 +18,19 @@ test: $(VENV)/.ready
 test-slow: $(VENV)/.ready
 	$(RUN) -m pytest -m slow
 
+# Table, JSON, CSV in Liger's columns and plots of the ops at fixed and over growing sizes, 15 minutes on two cores. Peers
+# take part where `make peers` has made their environment.
+BENCH_RUN = $(if $(wildcard .venv-peers/.ready),.venv-peers/bin/python,$(RUN))
+BENCH_FILE = $(RESULTS_DIR)/cpu-$$(date +%F)
+
 bench: $(VENV)/.ready
 	mkdir -p $(RESULTS_DIR)
-	$(RUN) -m benchmarks --device cpu --json $(RESULTS_DIR)/cpu-$$(date +%F).json
+	$(BENCH_RUN) -m benchmarks op scaling --device cpu --seconds 3 --json $(BENCH_FILE).json --csv $(BENCH_FILE).csv \
+		--plots $(RESULTS_DIR)/plots
+
+# Fails where an op is slower against eager than benchmarks/results/regressions.json says of this machine.
+bench-check: $(VENV)/.ready
+	$(RUN) -m pytest benchmarks/test_regressions.py -n0 --benchmark-enable --benchmark-columns=min,median,rounds
 
 # For a machine with a GPU and no network: builds, tests and times with the interpreter and the packages that are there.
 gpu:
@@ -51,7 +61,7 @@ peers: .venv-peers/.ready .venv-trl/.ready
 	$(PIP) torch
 	$(PIP) "setuptools>=77" wheel ninja pybind11
 	$(PIP) --no-build-isolation --editable .
-	$(PIP) "trl==1.16.*" liger-kernel cut-cross-entropy triton pytest
+	$(PIP) "trl==1.16.*" liger-kernel cut-cross-entropy triton pytest matplotlib
 	$(PIP) --no-deps "verl==0.9.*" "openrlhf==0.11.*"
 	$(PIP) ray tensordict hydra-core codetiming orjson peft torchdata pylatexenc pillow
 	touch $@

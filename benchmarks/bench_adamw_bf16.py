@@ -12,10 +12,11 @@ from torch.optim.adamw import adamw
 import rlhf_kernels
 from rlhf_kernels.ops.adamw_bf16 import random_bits, round_stochastically
 
-from .harness import Case, Inputs, Outputs, Provider, compiled
+from .case import Case, Inputs, Outputs, Provider, compiled
 
 DTYPES = ("float32", "bfloat16")
-SIZES, QUICK_SIZES = (2**24,), (1000,)
+HALF_ON_CUDA = True
+SIZES, QUICK_SIZES, GPU_SIZES = (2**24,), (1000,), (2**28,)
 LR, BETA1, BETA2, EPS, WEIGHT_DECAY = 3e-6, 0.9, 0.999, 1e-8, 0.01
 STEP, SEED = 100, 1
 RELATIVE_ERROR = 2**-7  # a result may be rounded up or down: by less than a unit in the last place
@@ -52,14 +53,16 @@ def fused_fp32(param: Tensor, grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor)
 
 def in_place(step: Callable[..., None], dtype: torch.dtype | None = None) -> Callable[..., Outputs]:
     """The step on copies of its own, which the first call makes and is judged by: no provider sees another's."""
-    kept: dict[torch.dtype, Inputs] = {}
+    kept: dict[torch.dtype, tuple[Tensor, Inputs]] = {}  # and whose copies they are
 
     def run(**inputs: Tensor) -> Outputs:
-        kind = inputs["param"].dtype  # the truth comes in float64
-        if kind not in kept:
-            kept[kind] = {name: x.clone() if dtype is None else x.to(dtype) for name, x in inputs.items()}
-        step(**kept[kind])
-        return {name: x for name, x in kept[kind].items() if name != "grad"}
+        param = inputs["param"]  # the truth comes in float64
+        if param.dtype not in kept or kept[param.dtype][0] is not param:
+            copies = {name: x.clone() if dtype is None else x.to(dtype) for name, x in inputs.items()}
+            kept[param.dtype] = param, copies
+        copies = kept[param.dtype][1]
+        step(**copies)
+        return {name: x for name, x in copies.items() if name != "grad"}
 
     return run
 
@@ -72,9 +75,9 @@ def _inputs(n: int, dtype: torch.dtype, device: torch.device) -> Inputs:
 
 
 def cases(device: torch.device, dtype: torch.dtype, quick: bool) -> Iterator[Case]:
-    for n in QUICK_SIZES if quick else SIZES:
+    for n in QUICK_SIZES if quick else GPU_SIZES if device.type == "cuda" else SIZES:
         yield Case(
-            "adamw_bf16_", "forward", (n,), dtype, partial(_inputs, n, dtype, device),
+            "adamw_bf16_", "forward", {"weights": n}, dtype, partial(_inputs, n, dtype, device),
             providers={
                 "ours": Provider("rlhf_kernels.adamw_bf16_", in_place(ours)),
                 "eager": Provider("the formula in plain torch", in_place(eager)),

@@ -10,10 +10,12 @@ from torch import Tensor
 
 import rlhf_kernels
 
-from .harness import Case, Inputs, Outputs, Provider, compiled, with_backward
+from .case import Case, Inputs, Outputs, Provider, compiled, with_backward
 
 DTYPES = ("float32", "float64", "bfloat16", "float16")
+HALF_ON_CUDA = True
 SIZES, QUICK_SIZES = ((512, 151936), (2048, 32000)), ((8, 1000),)
+GPU_SIZES = ((8192, 128256), (8192, 151936))
 TRUTH_ROWS = 64
 
 
@@ -36,12 +38,13 @@ def _inputs(rows: int, vocab: int, dtype: torch.dtype, device: torch.device, bac
 
 
 def cases(device: torch.device, dtype: torch.dtype, quick: bool) -> Iterator[Case]:
-    for rows, vocab in QUICK_SIZES if quick else SIZES:
+    for rows, vocab in QUICK_SIZES if quick else GPU_SIZES if device.type == "cuda" else SIZES:
         for mode in ("forward", "forward+backward"):
             backward = mode != "forward"
             wrap = (lambda f: with_backward(f, ("logits",), ("kl",))) if backward else (lambda f: f)
             yield Case(
-                "logits_kl", mode, (rows, vocab), dtype, partial(_inputs, rows, vocab, dtype, device, backward),
+                "logits_kl", mode, {"tokens": rows, "vocabulary": vocab}, dtype,
+                inputs=partial(_inputs, rows, vocab, dtype, device, backward),
                 providers={
                     "ours": Provider("rlhf_kernels.logits_kl", wrap(ours)),
                     "eager": Provider("two log_softmax, sum p (log p - log q)", wrap(eager)),

@@ -10,12 +10,12 @@ from torch import Tensor
 
 import rlhf_kernels
 
-from .bench_gae import GAMMA, LAM, compiled_blocks, loop
+from .bench_gae import GAMMA, LAM, compiled_blocks, loop, masked
 from .bench_masked_whiten import whiten
-from .harness import Case, Inputs, Outputs, Provider, compiled, response_mask
+from .case import Case, Inputs, Outputs, Provider, compiled, response_mask
 
 DTYPES = ("float32", "float64")
-SIZES, QUICK_SIZES = ((512, 1024),), ((8, 64),)
+SIZES, QUICK_SIZES, GPU_SIZES = ((512, 1024),), ((8, 64),), ((512, 1024), (8192, 4096))
 OPTIONS = rlhf_kernels.AdvantageOptions(kl_coef=0.05, kl_estimator="k1", gamma=GAMMA, lam=LAM, score_clip=5.0)
 
 
@@ -55,19 +55,42 @@ def _inputs(batch: int, length: int, dtype: torch.dtype, device: torch.device) -
     }
 
 
+def verl(logprobs: Tensor, ref_logprobs: Tensor, values: Tensor, scores: Tensor, mask: Tensor) -> Outputs:
+    """As verl's trainer does it. Its whitening divides by n - 1, so the advantages are not comparable."""
+    from verl.trainer.ppo.core_algos import compute_gae_advantage_return, compute_rewards
+
+    of_tokens = torch.zeros_like(logprobs)
+    clipped = torch.clamp(scores, -OPTIONS.score_clip, OPTIONS.score_clip)
+    of_tokens.scatter_(1, mask.sum(1, keepdim=True) - 1, clipped[:, None])
+    counted = mask.to(logprobs.dtype)
+    rewards = compute_rewards(of_tokens, logprobs, ref_logprobs, OPTIONS.kl_coef) * counted
+    _, returns = compute_gae_advantage_return(rewards, values, counted, GAMMA, LAM)
+    return {"returns": returns, "rewards": rewards, "mask": mask}
+
+
+def case(
+    size: tuple[int, int],
+    dtype: torch.dtype,
+    device: torch.device,
+    dynamic: bool | None = False,
+) -> Case:
+    batch, length = size
+    steps = compiled(shaped_rewards, dynamic), compiled_blocks(dynamic), compiled(whiten, dynamic)
+    return Case(
+        "ppo_advantages", "forward", {"sequences": batch, "length": length}, dtype,
+        inputs=partial(_inputs, batch, length, dtype, device),
+        providers={
+            "ours": Provider("rlhf_kernels.ppo_advantages", ours),
+            "eager": Provider("TRL's rewards, loop over time, whitening", peer(shaped_rewards, loop, whiten)),
+            "compile": Provider("each step of eager compiled, the loop in blocks", peer(*steps)),
+            "verl": Provider("verl's compute_rewards and compute_gae_advantage_return", verl, package="verl"),
+        },
+        # three floats and a byte of mask in, four floats out; a score a sequence
+        bytes_moved=batch * length * (7 * dtype.itemsize + 1) + batch * dtype.itemsize,
+        comparable=masked,
+    )  # fmt: skip
+
+
 def cases(device: torch.device, dtype: torch.dtype, quick: bool) -> Iterator[Case]:
-    for batch, length in QUICK_SIZES if quick else SIZES:
-        yield Case(
-            "ppo_advantages", "forward", (batch, length), dtype,
-            inputs=partial(_inputs, batch, length, dtype, device),
-            providers={
-                "ours": Provider("rlhf_kernels.ppo_advantages", ours),
-                "eager": Provider("TRL's rewards, loop over time, whitening", peer(shaped_rewards, loop, whiten)),
-                "compile": Provider(
-                    "each step of eager compiled, the loop in blocks",
-                    peer(compiled(shaped_rewards), compiled_blocks(), compiled(whiten)),
-                ),
-            },
-            # three floats and a byte of mask in, four floats out; a score a sequence
-            bytes_moved=batch * length * (7 * dtype.itemsize + 1) + batch * dtype.itemsize,
-        )  # fmt: skip
+    for size in QUICK_SIZES if quick else GPU_SIZES if device.type == "cuda" else SIZES:
+        yield case(size, dtype, device)

@@ -10,10 +10,10 @@ from torch import Tensor
 
 import rlhf_kernels
 
-from .harness import Case, Inputs, Outputs, Provider, compiled, response_mask, with_backward
+from .case import Case, Inputs, Outputs, Provider, compiled, response_mask, with_backward
 
 DTYPES = ("float32", "float64")
-SIZES, QUICK_SIZES = ((512, 1024),), ((8, 64),)
+SIZES, QUICK_SIZES, GPU_SIZES = ((512, 1024),), ((8, 64),), ((8, 1024), (64, 1024), (1024, 1024))
 OPTIONS = rlhf_kernels.PPOLossOptions(dual_clip=3.0, entropy_coef=0.01, kl_coef=0.05)
 
 
@@ -53,9 +53,25 @@ def ours(logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, mask: Tenso
     return {"loss": loss, "stats": stats}
 
 
+def verl(logprobs, old_logprobs, advantages, mask, values, old_values, returns, entropy, ref_logprobs) -> Outputs:
+    """The losses of verl's actor and critic in one. They clamp log-ratios to 20, which these inputs do not reach, and
+    compute other metrics."""
+    from verl.trainer.ppo import core_algos
+
+    o, mask = OPTIONS, mask.to(logprobs.dtype)
+    clips = {"cliprange_low": o.clip_low, "cliprange_high": o.clip_high, "clip_ratio_c": o.dual_clip}
+    policy = core_algos.compute_policy_loss.__wrapped__(old_logprobs, logprobs, advantages, mask, **clips)[0]
+    value = core_algos.compute_value_loss(values, returns, old_values, mask, o.value_clip)[0]
+    k3 = core_algos.kl_penalty(logprobs, ref_logprobs, "low_var_kl")
+    kl, bonus = (core_algos.agg_loss(x, mask, "token-mean") for x in (k3, entropy))
+    return {"loss": policy + o.value_coef * value - o.entropy_coef * bonus + o.kl_coef * kl}
+
+
 def _with_means(outputs: Outputs) -> Outputs:
     """Our statistics, sums until somebody reads them, as the vector of means that eager has."""
-    stats = outputs["stats"]
+    stats = outputs.get("stats")
+    if stats is None:
+        return outputs
     if isinstance(stats, rlhf_kernels.PPOStats):
         stats = torch.tensor(list(stats.as_dict().values()), dtype=torch.float64, device=stats.sums.device)
     return {**outputs, "stats": stats}
@@ -80,14 +96,15 @@ def _inputs(batch: int, length: int, dtype: torch.dtype, device: torch.device) -
 
 def cases(device: torch.device, dtype: torch.dtype, quick: bool) -> Iterator[Case]:
     wrap = partial(with_backward, wrt=("logprobs", "values", "entropy"), through=("loss",))
-    for batch, length in QUICK_SIZES if quick else SIZES:
+    for batch, length in QUICK_SIZES if quick else GPU_SIZES if device.type == "cuda" else SIZES:
         yield Case(
-            "ppo_loss", "forward+backward", (batch, length), dtype,
+            "ppo_loss", "forward+backward", {"sequences": batch, "length": length}, dtype,
             inputs=partial(_inputs, batch, length, dtype, device),
             providers={
                 "ours": Provider("rlhf_kernels.ppo_loss", wrap(ours)),
                 "eager": Provider("the unfused loss of TRL and verl with all its metrics", wrap(eager)),
                 "compile": Provider("torch.compile of eager", wrap(compiled(eager))),
+                "verl": Provider("verl's policy, value, entropy and KL losses", wrap(verl), package="verl"),
             },
             # eight floats and a byte of mask in, three gradients out
             bytes_moved=batch * length * (11 * dtype.itemsize + 1),

@@ -1,4 +1,4 @@
-"""A report as JSON, whole whenever its writer is killed."""
+"""Files of reports, whole whenever their writer is killed."""
 
 from __future__ import annotations
 
@@ -7,10 +7,14 @@ import os
 from pathlib import Path
 
 
-def write_json(path: Path, report: dict) -> None:
+def write_text(path: Path, text: str) -> None:
     temporary = path.with_name(f"{path.name}.tmp")
-    temporary.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    temporary.write_text(text, encoding="utf-8")
     os.replace(temporary, path)
+
+
+def write_json(path: Path, report: dict) -> None:
+    write_text(path, json.dumps(report, indent=1) + "\n")
 
 
 def read_json(path: Path) -> dict | None:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import importlib.metadata
+import json
 import os
 import platform
+import re
 import subprocess
 import sys
 from datetime import datetime, timezone
@@ -14,10 +16,13 @@ import torch
 
 import rlhf_kernels
 
-from .harness import Result
+from .case import NOT_INSTALLED
+from .measure import Result
+
+PEERS = ("trl", "liger_kernel", "verl", "cut-cross-entropy", "flash-attn")
 
 
-def _cpu_model() -> str:
+def cpu_model() -> str:
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
@@ -47,15 +52,16 @@ def machine(device: torch.device, argv: list[str]) -> dict:
     backends = rlhf_kernels.backends()
     changes = _git("status", "--porcelain")
     return {
-        "cpu": _cpu_model(),
+        "cpu": cpu_model(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "memory_gb": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9, 1),
         "device": device.type,
-        "device_name": torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu_model(),
+        "device_name": torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_model(),
         "python": sys.version.split()[0],
         "torch": torch.__version__,
         "triton": _version("triton"),
+        "peers": {name: _version(name) for name in PEERS if _version(name)},
         "rlhf_kernels": rlhf_kernels.__version__,
         "commit": _git("rev-parse", "HEAD"),
         "modified": None if changes is None else bool(changes),
@@ -78,17 +84,43 @@ def _error(errors: dict[str, float]) -> str:
 
 def table(result: Result) -> str:
     """One case, a line a provider; "ours is 2x" on a provider's line says that its median is twice ours."""
-    moved = f"{result.bytes_moved / 1e6:.1f} MB to move, copy {result.copy_gb_per_s:.1f} GB/s"
-    case = f"{result.op} {result.mode} {list(result.shape)} {result.dtype}"
+    ceilings = f"copy {result.copy_gb_per_s:.1f} GB/s"
+    if result.flops:
+        ceilings += f", {result.flops / 1e9:.1f} Gflop to multiply, product {result.matmul_tflop_per_s:.3g} Tflop/s"
     lines = [
-        f"{case}, ours on {result.backend}; {moved}, load {result.load_average:.1f}",
-        "             median ms   iqr ms  rounds    GB/s  of copy   peak MB   ours is  max |error|",
+        f"{result.key}, ours on {result.backend}; {result.bytes_moved / 1e6:.1f} MB to move, {ceilings}, "
+        f"load {result.load_average:.1f}",
+        f"{'':<14}{'p20':>10}{'p50':>10}{'p80 ms':>10}{'rounds':>7}{'GB/s':>8}{'of copy':>8}{'of mm':>7}"
+        f"{'peak MB':>9}{'ops':>6}{'launch':>7}{'syncs':>6}{'ours is':>9}  max |error|",
     ]
     for name, m in result.providers.items():
-        times = f"{result.speedup[name]:.2f}x" if name in result.speedup else ""
+        speedup = f"{result.speedup[name]:.2f}x" if name in result.speedup else ""
+        launches = "" if m.launches is None else m.launches
+        product = f"{m.fraction_of_matmul:.2f}" if m.fraction_of_matmul else ""
         lines.append(
-            f"  {name:<10}{m.median_s * 1e3:>11.3f}{m.iqr_s * 1e3:>9.3f}{len(m.samples_s):>8}{m.gb_per_s:>8.2f}"
-            f"{m.fraction_of_copy:>9.2f}{m.peak_bytes / 1e6:>10.1f}{times:>10}  {_error(m.max_abs_error)}"
+            f"  {name:<12}{m.p20_s * 1e3:>10.3f}{m.median_s * 1e3:>10.3f}{m.p80_s * 1e3:>10.3f}{len(m.samples_s):>7}"
+            f"{m.gb_per_s:>8.2f}{m.fraction_of_copy:>8.2f}{product:>7}{m.peak_bytes / 1e6:>9.1f}{m.ops:>6}"
+            f"{launches:>7}{m.host_syncs:>6}{speedup:>9}  {_error(m.max_abs_error)}"
         )
-    lines += [f"  {name:<10}failed: {why}" for name, why in result.failed.items()]
-    return "\n".join(lines)
+    absent = [name for name, why in result.failed.items() if why.endswith(NOT_INSTALLED)]
+    lines += [f"  {name:<12}failed: {why}" for name, why in result.failed.items() if name not in absent]
+    return "\n".join(lines + ([f"  not installed: {', '.join(absent)}"] if absent else []))
+
+
+def sweep_table(sweep: dict) -> str:
+    """A line a size, median ms and peak MB of each provider, or why it stopped."""
+    points = sweep["points"]
+    names = list(dict.fromkeys(name for point in points for name in (*point["providers"], *point["failed"])))
+    lines = [f"{sweep['op']} {sweep['mode']} against {sweep['x_name']}, {sweep['dtype']}: median ms, peak MB"]
+    lines.append(f"{'':>10}" + "".join(f"{name:>20}" for name in names))
+    for point in points:
+        found = (point["providers"].get(name) for name in names)
+        cells = (f"{m['median_s'] * 1e3:.2f}, {m['peak_bytes'] / 1e6:.1f}" if m else "-" for m in found)
+        lines.append(f"{point['sizes'][sweep['x_name']]:>10}" + "".join(f"{cell:>20}" for cell in cells))
+    return "\n".join([*lines, *(f"  {name} stopped: {why}" for name, why in sweep["stopped"].items())])
+
+
+def text(report: dict) -> str:
+    """JSON with a list of numbers on one line."""
+    numbers = re.compile(r"\[\s+((?:[-+.\deE]+,\s+)*[-+.\deE]+)\s+\]")
+    return numbers.sub(lambda m: f"[{' '.join(m[1].split())}]", json.dumps(report, indent=1)) + "\n"

@@ -5,13 +5,21 @@ import json
 import statistics
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
-from benchmarks.__main__ import OPS
-from benchmarks.harness import Clock, Provider, interleave, max_abs_error, peak_bytes, truth, with_backward
+import rlhf_kernels
+from benchmarks import accuracy, ops
+from benchmarks.__main__ import OPS, parse
+from benchmarks.accuracy import max_abs_error, truth
+from benchmarks.case import EAGER, OURS, Provider, with_backward
+from benchmarks.counts import count
+from benchmarks.measure import measure
+from benchmarks.timing import Clock, interleave, quantile
+from rlhf_kernels import _library
 
 ROOT = Path(__file__).parent.parent
 CPU = torch.device("cpu")
@@ -32,14 +40,19 @@ def test_json_holds_what_its_page_says(tmp_path):
     machine, (result,) = report["machine"], report["results"]
     assert machine["threads"] == 1 and machine["torch"] == torch.__version__ and machine["device"] == "cpu"
     assert machine["argv"][0] == "masked_whiten" and set(machine["backends"]) >= {"gae", "ppo_loss"}
-    identity = [result[key] for key in ("op", "mode", "shape", "dtype", "truth_rows")]
-    assert identity == ["masked_whiten", "forward", [8, 64], "float32", None]
+    assert report["format"] == 2 and report["refused"] == {} and report["scaling"] == []
+    identity = [result[key] for key in ("op", "variant", "mode", "shape", "dtype", "truth_rows")]
+    assert identity == ["masked_whiten", "", "forward", [8, 64], "float32", None]
+    assert result["sizes"] == {"sequences": 8, "length": 64} and result["input_bytes"] == 8 * 64 * (4 + 1)
+    assert result["flops"] == 0 and result["matmul_tflop_per_s"] is None
     assert result["bytes_moved"] == 8 * 64 * (4 + 4 + 1)
     assert result["load_average"] >= 0
     assert result["failed"] == {} and set(result["providers"]) == {"ours", "eager"}
     for m in result["providers"].values():
         assert len(m["samples_s"]) >= 7 and min(m["samples_s"]) > 0
         assert m["median_s"] == statistics.median(m["samples_s"])
+        assert min(m["samples_s"]) <= m["p20_s"] <= m["median_s"] <= m["p80_s"] <= max(m["samples_s"])
+        assert m["ops"] > 0 and m["launches"] is None and m["host_syncs"] == 0 and m["tflop_per_s"] is None
         assert m["gb_per_s"] == pytest.approx(result["bytes_moved"] / m["median_s"] / 1e9)
         assert m["fraction_of_copy"] == pytest.approx(m["gb_per_s"] / result["copy_gb_per_s"])
         assert 8 * 64 * 4 <= m["peak_bytes"] < 20 * 8 * 64 * 8
@@ -61,10 +74,73 @@ def test_every_provider_computes_the_same(bench):
         for name, provider in case.providers.items():
             if name == "compile" or not provider.judged:  # its code is eager's, and compiling takes seconds
                 continue
+            if provider.package:  # tests/test_peers.py judges other projects, in their environment
+                continue
             with torch.no_grad():
                 errors = max_abs_error(case.comparable(provider.run(**inputs)), exact)
             assert set(errors) == set(exact) and all(errors[k] < limit[k] for k in errors), (name, errors)
             assert all(torch.count_nonzero(x) for x in exact.values())
+
+
+def test_every_public_op_has_a_benchmark():
+    assert set(OPS) == {op.removesuffix("_") for op in _library.OPS if op in rlhf_kernels.__all__}
+
+
+@pytest.mark.parametrize("bench", BENCHES, ids=OPS)
+def test_every_case_has_a_key_of_its_own(bench):
+    for device in (CPU, torch.device("cuda")):  # sizes alone, no inputs
+        cases = list(bench.cases(device, torch.float32, quick=False))
+        assert len({case.key for case in cases}) == len(cases)
+        assert all({OURS, EAGER} <= set(case.providers) and case.bytes_moved > 0 for case in cases)
+
+
+def test_products_are_counted_and_have_a_ceiling():
+    case = next(iter(ops.bench("linear_ppo_loss").cases(CPU, torch.float32, quick=True)))
+    result = measure(case, CPU, 0.1, ["ours", "products"])
+    assert result.flops == 3 * 2 * 24 * 16 * 1000
+    m = result.providers["products"]
+    assert m.tflop_per_s == pytest.approx(result.flops / m.median_s / 1e12)
+    assert m.fraction_of_matmul == pytest.approx(m.tflop_per_s / result.matmul_tflop_per_s)
+    assert set(result.providers["ours"].max_abs_error) == {"loss", "d_hidden", "d_weight"}
+
+
+def test_what_is_missing_here_is_said():
+    case = next(iter(ops.bench("gae").cases(CPU, torch.float32, quick=True)))
+    extra = {
+        "absent": Provider("", case.providers[OURS].run, package="no_such_package"),
+        "gpu": Provider("", case.providers[OURS].run, needs_cuda=True),
+        "broken": Provider("", lambda **_: 1 / 0),
+    }
+    providers = {name: case.providers[name] for name in (OURS, EAGER)} | extra
+    result = measure(replace(case, providers=providers), CPU, 0.1)
+    assert result.failed == {
+        "absent": "no_such_package is not installed",
+        "gpu": "its kernels need a GPU",
+        "broken": "ZeroDivisionError: division by zero",
+    }
+    assert set(result.providers) >= {OURS, EAGER} and not set(result.providers) & set(extra)
+
+
+# Refusals
+
+
+def test_an_op_with_a_green_battery_is_timed():
+    assert accuracy.refusal("gae", [None, "reference"], CPU) is None
+
+
+def test_an_op_with_a_red_battery_is_refused(monkeypatch, capsys):
+    """As a kernel that is off by a thousandth would be."""
+    case, *_ = accuracy.testing.cases("masked_whiten")
+    off = replace(case, call=lambda **inputs: tuple(x * 1.001 for x in case.call(**inputs)))
+    monkeypatch.setattr(accuracy.testing, "cases", lambda op: [off])
+    args = parse(["masked_whiten", "--quick"])
+    outcome = ops.Outcome()
+    ops.run(args, None, {}, outcome, lambda: None)
+    assert outcome.results == [] and "error" in outcome.refused["masked_whiten"]
+    assert "masked_whiten refused, its battery fails" in capsys.readouterr().out
+
+
+# The clock and the counts
 
 
 def test_interleaved_rounds():
@@ -89,16 +165,24 @@ def test_clock_is_seconds_a_call():
     assert len(calls) == 5 and 0 < per_call < 1
 
 
-def test_peak_bytes_counts_what_lives_at_once():
+def test_counts_of_a_call():
     x = torch.ones(2**18)
 
     def run():
         y = x * 2  # 1 MiB
         z = y + y  # 2 MiB alive
         del y
-        return z.exp_()
+        return z.exp_(), z.sum().item()
 
-    assert peak_bytes(run, CPU) == pytest.approx(2 * x.nbytes, rel=1e-3)
+    found = count(run, CPU)
+    assert found.peak_bytes == pytest.approx(2 * x.nbytes, rel=1e-3)
+    assert found.host_syncs == 1 and found.launches is None
+    assert count(lambda: [x.neg_() for _ in range(5)], CPU).ops == 5
+
+
+def test_quantiles():
+    assert [quantile([3.0, 1.0, 2.0, 5.0, 4.0], q) for q in (0, 0.2, 0.5, 0.8, 1)] == [1.0, 1.8, 3.0, 4.2, 5.0]
+    assert quantile([7.0], 0.2) == 7.0
 
 
 def test_with_backward_pulls_the_upstream_gradient():
@@ -120,6 +204,7 @@ def test_errors_compare_leading_rows():
         (["gea"], "got gea"),
         (["--devic", "cpu"], "--devic"),
         (["gae", "--dtype", "int8"], "int8"),
+        (["gae", "--compare", "no.json"], "no.json"),
         (["--providers", "our"], "our"),
     ],
 )
