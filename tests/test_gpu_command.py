@@ -28,7 +28,7 @@ child.wait()
 
 def test_a_killed_step_leaves_what_it_measured_and_no_child(tmp_path, monkeypatch):
     monkeypatch.setitem(gpu.ENDS, "ops", 3)
-    steps, path = gpu.Steps(), tmp_path / "ops.json"
+    steps, path = gpu.Steps(tmp_path), tmp_path / "ops.json"
     start = time.monotonic()
     output = steps.run("ops", sys.executable, "-c", UNFINISHED, str(path))
     assert time.monotonic() - start < 10
