@@ -21,7 +21,7 @@ The JSON file is written after every comparison:
       published                   figures of others at this shape: source, what, generation_s, step_s; or absent
       providers                   {"rlhf", "trl": measurement}:
         seconds, cpu_seconds, phases   one a step, the first included; of the whole process, {phase: seconds}
-        step_s, cpu_s, phases_s        medians without the first
+        step_s, cpu_s, phases_s        medians without the first; the phases of the step with the median seconds
         built_bytes, peak_bytes, growth_bytes   held when the models were built, the most since, and their difference:
                                        resident memory of the process, on a GPU what torch had allocated
         load_average                   when it ended: far above the threads, other programs ran
@@ -61,8 +61,8 @@ QUICK_OPT = {"kind": "opt", "width": 32, "layers": 2, "heads": 2}
 PUBLISHED = {
     "source": "https://github.com/deepspeedai/DeepSpeed/pull/8271",
     "what": "HybridEngine on one H100, generation and one training step of the policy alone",
-    "eager": {"generation_s": 0.6767, "step_s": 0.8128},
-    "CUDA graphs": {"generation_s": 0.3608, "step_s": 0.5035},
+    "DeepSpeed, eager": {"generation_s": 0.6767, "step_s": 0.8128},
+    "DeepSpeed, CUDA graphs": {"generation_s": 0.3608, "step_s": 0.5035},
 }
 
 
