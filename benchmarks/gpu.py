@@ -62,18 +62,24 @@ MACHINE += "print(json.dumps(machine(torch.device(sys.argv[1]), [])))"
 class Steps:
     """Runs commands, each until its end in ENDS, and keeps what became of them."""
 
-    def __init__(self) -> None:
+    def __init__(self, scratch: Path) -> None:
         self.record: dict[str, dict] = {}
-        self._start = time.monotonic()
+        self._scratch, self._start = scratch, time.monotonic()
 
     def run(self, name: str, *command: str, **environment: str) -> str:
         """The output; a command past its end is killed with all that it started, return code None."""
         print(f"{name}: {' '.join(map(str, command))[:200]}", flush=True)
         start = time.monotonic()
-        env = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1", **environment}
+        # What a killed command leaves in TMPDIR, such as the trainer's models, goes with the scratch folder.
+        env = {"PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1", "TMPDIR": str(self._scratch)}
         with tempfile.TemporaryFile() as output:  # a pipe is open for as long as any child of the command lives
             process = subprocess.Popen(
-                command, cwd=ROOT, env=env, stdout=output, stderr=subprocess.STDOUT, start_new_session=True
+                command,
+                cwd=ROOT,
+                env=os.environ | env | environment,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
             )
             try:
                 returncode = process.wait(max(1.0, self._start + ENDS[name] - start))
@@ -143,7 +149,7 @@ class Procedure:
     """The steps by name; each fills its part of the report."""
 
     def __init__(self, device: str, ops: list[str], report: dict, scratch: Path):
-        self.device, self.report, self.scratch, self.steps = device, report, scratch, Steps()
+        self.device, self.report, self.scratch, self.steps = device, report, scratch, Steps(scratch)
         self.ops_named = ops or [*FIRST, *(op for op in OPS if op not in FIRST)]
         self.quick = ["--quick"] if device == "cpu" else []
         report["steps"] = self.steps.record

@@ -63,8 +63,9 @@ def read(folder: Path) -> list[Results]:
     for path in sorted(folder.glob("*.json")):
         report = json.loads(path.read_text(encoding="utf-8"))
         parts = [report]
-        if "steps" in report:  # of make gpu, whose parts are whole reports
-            parts = [report.get(name) for name in ("ops", "ops_compile", "trainer")]
+        if "steps" in report:  # of make gpu, whose parts are whole reports; without a GPU it is a trial at tiny sizes
+            names = ("ops", "ops_compile", "trainer") if report["device"] == "cuda" else ()
+            parts = [report.get(name) for name in names]
         parts = [part for part in parts if part and part.get("results") and kind_of(part["results"][0])]
         if not parts and "steps" not in report:
             print(f"{path.name}: holds nothing that README shows", file=sys.stderr)
@@ -106,13 +107,17 @@ def newest(
 # Numbers and tables
 
 
-def milliseconds(seconds: float) -> str:
-    return digits(seconds * 1e3)
+def milliseconds(value: float) -> str:
+    return digits(value * 1e3)
 
 
 def digits(value: float) -> str:
     """Three of them."""
     return f"{value:,.0f}" if value >= 99.95 else f"{value:.{2 if value < 9.995 else 1}f}"
+
+
+def seconds(value: float) -> str:
+    return f"{value:.3f}" if value < 0.9995 else digits(value)
 
 
 def megabytes(size: float) -> str:
@@ -222,15 +227,16 @@ def trainers(files: list[Results], device: str) -> Iterator[str]:
     for file, results in newest(files, "trainer", device, lambda result: (result["trainer"], result["name"])):
         measured = [result for result in results if result["providers"]]
         rows += [(file, result) for result in measured]
-        sources += [source(file, measured) + _trl(file.machine)] if measured else []
+        sources += [source(file, measured) + _trl(file.machine, measured)] if measured else []
         published += [_published(result) for result in measured if result.get("published")]
     if rows:
         yield markdown(trainer_table(rows))
         yield from ("\n".join(f"- {line}" for line in sources), *published)
 
 
-def _trl(machine: dict) -> str:
-    versions = sorted({f"{facts['trl']} for {kind.upper()}" for kind, facts in machine.get("trl", {}).items()})
+def _trl(machine: dict, results: list[dict]) -> str:
+    beside = {result["trainer"] for result in results if "trl" in result["providers"]}
+    versions = sorted(f"{machine['trl'][kind]['trl']} for {kind.upper()}" for kind in beside)
     return f" TRL {', '.join(versions)}." if versions else ""
 
 
@@ -247,14 +253,14 @@ def trainer_table(rows: list[tuple[Results, dict]]) -> Table:
     for file, result in sorted(rows, key=lambda row: (row[1]["trainer"] != "ppo", row[1]["settings"]["vocab"])):
         ours, *others = result["providers"].values()
         name = f"[{result['trainer'].upper()}, {result['name']}](benchmarks/results/{file.path.name})"
-        cells = [name, work(result["settings"]), digits(ours["step_s"]), "", "", f"{ours['growth_bytes'] / 1e9:.2f}"]
+        cells = [name, work(result["settings"]), seconds(ours["step_s"]), "", "", f"{ours['growth_bytes'] / 1e9:.2f}"]
         for theirs in others:
-            cells[3:5] = digits(theirs["step_s"]), f"{digits(theirs['step_s'] / ours['step_s'])}x"
+            cells[3:5] = seconds(theirs["step_s"]), f"{digits(theirs['step_s'] / ours['step_s'])}x"
             cells[5] += f", {theirs['growth_bytes'] / 1e9:.2f}"
         phases = []
-        for phase, seconds in ours.get("phases_s", {}).items():
-            beside = "".join(f" ({theirs['phases_s'].get(phase, 0.0):.2f})" for theirs in others)
-            phases.append(f"{phase} {seconds:.2f}{beside}")
+        for phase, spent in ours.get("phases_s", {}).items():
+            beside = "".join(f" ({seconds(theirs['phases_s'].get(phase, 0.0))})" for theirs in others)
+            phases.append(f"{phase} {seconds(spent)}{beside}")
         table.append([*cells, ", ".join(phases)])
     used = [any(column) for column in zip(*table[1:])]
     return [[cell for cell, shown in zip(row, used) if shown] for row in table]

@@ -28,7 +28,7 @@ child.wait()
 
 def test_a_killed_step_leaves_what_it_measured_and_no_child(tmp_path, monkeypatch):
     monkeypatch.setitem(gpu.ENDS, "ops", 3)
-    steps, path = gpu.Steps(), tmp_path / "ops.json"
+    steps, path = gpu.Steps(tmp_path), tmp_path / "ops.json"
     start = time.monotonic()
     output = steps.run("ops", sys.executable, "-c", UNFINISHED, str(path))
     assert time.monotonic() - start < 10
@@ -89,7 +89,9 @@ def test_the_procedure_on_a_cpu(tmp_path):
     assert [report[name] for name in ("build", "tests", "trainer", "sanitizer")] == [None] * 4
     (result,) = report["ops"]["results"]
     assert result["op"] == "masked_whiten" and "compile" not in result["providers"]
-    assert [file.command for file in read(tmp_path)] == ["make gpu"]
+    assert read(tmp_path) == []  # README shows no trial
+    path.write_text(json.dumps(report | {"device": "cuda"}))
+    assert [(file.command, file.results) for file in read(tmp_path)] == [("make gpu", report["ops"]["results"])]
 
 
 @pytest.mark.slow

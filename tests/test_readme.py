@@ -118,8 +118,8 @@ def test_a_trainers_row_says_what_each_did_and_where(tmp_path):
     )
     text = "\n\n".join(readme.trainers(readme.read(tmp_path), "cpu"))
     link, model = "(benchmarks/results/t.json)", "Llama of width 128, 4 layers"
-    of_ppo = f"8 prompts of 5 tokens, 9 new; 1 epoch; {model}", "0.50", "", "", "1.00", "gradient 0.40, rest 0.10"
-    of_dpo = f"4 pairs of 20 to 1,000 tokens; {model}", "0.50", "2.00", "4.00x", "1.00, 3.00"
-    of_phases = "gradient 0.40 (1.50), rest 0.10 (0.50)"
+    of_ppo = f"8 prompts of 5 tokens, 9 new; 1 epoch; {model}", "0.500", "", "", "1.00", "gradient 0.400, rest 0.100"
+    of_dpo = f"4 pairs of 20 to 1,000 tokens; {model}", "0.500", "2.00", "4.00x", "1.00, 3.00"
+    of_phases = "gradient 0.400 (1.50), rest 0.100 (0.500)"
     assert rows(text, "[") == [[f"[PPO, big]{link}", *of_ppo], [f"[DPO, vocabulary 512]{link}", *of_dpo, of_phases]]
     assert "TRL 1.2 for DPO" in text and "`python -m benchmarks.trainer`" in text

@@ -1,1 +1,1 @@
-"""A whole PPO step of this trainer beside TRL's: `make peers`, then `python -m benchmarks.peers.ppo_step`."""
+"""Steps of this trainer beside TRL's, in processes of their own: `make peers`, then `python -m benchmarks.trainer`."""

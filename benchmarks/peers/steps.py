@@ -83,11 +83,12 @@ def run(*command: str, threads: int) -> None:
 
 
 def summary(row: dict) -> dict:
-    """The row of a process, with medians over the steps after the first."""
-    medians = {name: statistics.median(row[key][1:]) for name, key in (("step_s", "seconds"), ("cpu_s", "cpu_seconds"))}
-    phases = {name: statistics.median(step[name] for step in row["phases"][1:]) for name in row["phases"][-1]}
+    """The row of a process, with medians over the steps after the first, and the phases of the median step."""
+    step, cpu = (statistics.median_low(row[name][1:]) for name in ("seconds", "cpu_seconds"))
+    phases = row["phases"][row["seconds"].index(step, 1)]
     growth = row["peak_bytes"] - row["built_bytes"]
-    return row | medians | {"phases_s": phases, "growth_bytes": growth, "load_average": os.getloadavg()[0]}
+    found = {"step_s": step, "cpu_s": cpu, "phases_s": phases, "growth_bytes": growth}
+    return row | found | {"load_average": os.getloadavg()[0]}
 
 
 def machine(device: str, threads: int, command: str) -> dict:
