@@ -28,9 +28,9 @@ bench: $(VENV)/.ready
 	$(BENCH_RUN) -m benchmarks op scaling --device cpu --seconds 3 --json $(BENCH_FILE).json --csv $(BENCH_FILE).csv \
 		--plots $(RESULTS_DIR)/plots
 
-# Fails where an op is slower against eager than benchmarks/results/regressions.json says of this machine.
+# Fails where an op is slower against eager than benchmarks/regressions.json says of this machine; STORE=1 adds to it.
 bench-check: $(VENV)/.ready
-	$(RUN) -m pytest benchmarks/test_regressions.py -n0 --benchmark-enable --benchmark-columns=min,median,rounds
+	STORE_RATIOS=$(STORE) $(RUN) -m pytest benchmarks/test_regressions.py -n0 --benchmark-enable --benchmark-columns=min,median,rounds
 
 # For a machine with a GPU and no network: builds, tests and times with the interpreter and the packages that are there.
 gpu:

@@ -76,7 +76,7 @@ def cases(device: torch.device, dtype: torch.dtype, quick: bool) -> Iterator[Cas
                 "compile": Provider("torch.compile of eager", wrap(compiled(eager))),
                 "liger": Provider("Liger's chunked DPO loss", wrap(liger), package="liger_kernel"),
             },
-            bytes_moved=(2 * sequences * length * width + 3 * vocab * width) * dtype.itemsize,
+            bytes_moved=heads.bytes_moved(sequences * length, width, vocab, dtype),
             flops=3 * heads.product_flops(sequences * length, width, vocab),
             exact=wrap(partial(eager, of_head=in_chunks)),
         )  # fmt: skip

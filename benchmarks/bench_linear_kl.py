@@ -68,7 +68,7 @@ def cases(device: torch.device, dtype: torch.dtype, quick: bool) -> Iterator[Cas
                 "trl": Provider("TRL's ChunkedDivergenceFunction, and the entropy", wrap(trl), package="trl"),
             },
             # Hidden states and weight of both read, the gradients of one written.
-            bytes_moved=heads.bytes_moved(*size, dtype) * 3 // 2,
+            bytes_moved=heads.bytes_moved(*size, dtype, reads=4),
             flops=4 * heads.product_flops(*size),
             exact=wrap(exact),
         )  # fmt: skip

@@ -118,7 +118,7 @@ def case(
         "linear_token_logprobs", mode, heads.named(*size), dtype,
         inputs=partial(heads.inputs, *size, dtype, device, upstream),
         providers=providers(entropy, wrap, dynamic) | {"products": bare},
-        bytes_moved=heads.bytes_moved(*size, dtype) // (1 if backward else 2),
+        bytes_moved=heads.bytes_moved(*size, dtype, *((2, 1) if backward else (1, 0))),
         variant="with entropy" if entropy else "alone",
         flops=heads.product_flops(*size) * (3 if backward else 1),
         exact=wrap(exact if entropy else alone(exact)),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from functools import partial
+from functools import cache, partial
 
 import torch
 from torch import Tensor
@@ -40,11 +40,19 @@ def trl(logits: Tensor, token_ids: Tensor) -> Outputs:
 
 
 def verl(logits: Tensor, token_ids: Tensor) -> Outputs:
-    from verl.utils.torch_functional import entropy_from_logits, logprobs_from_logits
+    """As its workers run it: the entropy compiled."""
+    from verl.utils.torch_functional import logprobs_from_logits
 
     scaled = logits / TEMPERATURE
-    found = logprobs_from_logits(scaled, token_ids, inplace_backward=False), entropy_from_logits(scaled)
+    found = logprobs_from_logits(scaled, token_ids, inplace_backward=False), _verl_entropy()(scaled)
     return dict(zip(("logprobs", "entropy"), found))
+
+
+@cache
+def _verl_entropy() -> Callable[[Tensor], Tensor]:
+    from verl.utils.torch_functional import entropy_from_logits
+
+    return torch.compile(entropy_from_logits, dynamic=True)
 
 
 def eager_alone(logits: Tensor, token_ids: Tensor) -> Outputs:

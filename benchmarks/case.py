@@ -77,7 +77,7 @@ def response_mask(
 
 
 def compiled(forward: Callable, dynamic: bool | None = False) -> Callable:
-    """torch.compile at its best: one graph, shapes known. A sweep over sizes passes None and compiles twice in all."""
+    """torch.compile: one graph, shapes known, no CUDA graphs. A sweep over sizes passes None and compiles twice."""
     return torch.compile(forward, fullgraph=True, dynamic=dynamic)
 
 

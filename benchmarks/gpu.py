@@ -6,7 +6,8 @@ Its steps, in this order: build; machine; tests, all that need a GPU; large_test
 op benchmarks with everybody but torch.compile; ops_compile, the same beside torch.compile, whose compiler takes
 longest; trainer, ours alone; sanitizer, compute-sanitizer's memcheck on a few tests, where that tool is. A step that
 fails or is out of time is recorded and the rest goes on; what it measured until then is kept. The whole ends within 520
-seconds. The exit code is 1 if the build or a test failed, memcheck found an error or, on a GPU, no test passed.
+seconds. The exit code is 1 if the build, a test or an op's battery failed, memcheck found an error or, on a GPU, no
+test passed.
 
 The file GPU-DATE.json, as nvidia-h200-2026-11-26.json, replaces one of the same day and is written after every step:
 
@@ -162,7 +163,8 @@ class Procedure:
     def machine(self) -> None:
         output = self.steps.run("machine", sys.executable, "-c", MACHINE, self.device)
         if self.steps.record["machine"]["returncode"] == 0:
-            self.report["machine"] = json.loads(output.splitlines()[-1])
+            found = [line for line in output.splitlines() if line.startswith("{")]  # warnings may stand around it
+            self.report["machine"] = json.loads(found[-1]) if found else None
 
     def tests(self) -> None:
         workers = ["-n", "4"] if self.device == "cuda" and find_spec("xdist") else []  # most of the time is compiling
@@ -212,8 +214,11 @@ def good(report: dict) -> bool:
     ran = [name for name in ("tests", "large_tests") if name in steps]
     tested = all(steps[name]["returncode"] == 0 for name in ran)
     passed = sum(report[name]["passed"] for name in ran) > 0 or not ran or report["device"] == "cpu"
+    refused = any((report[name] or {}).get("refused") for name in ("ops", "ops_compile"))
+    checked = steps.get("sanitizer", {"returncode": None})["returncode"] in (None, 0)  # None: not run, or out of time
     summary = (report["sanitizer"] or {}).get("summary")
-    return built and tested and passed and (summary is None or "ERROR SUMMARY: 0 errors" in summary)
+    clean = checked and (summary is None or "ERROR SUMMARY: 0 errors" in summary)
+    return built and tested and passed and clean and not refused
 
 
 def main(argv: list[str]) -> int:

@@ -73,6 +73,6 @@ def product_flops(tokens: int, width: int, vocab: int) -> int:
     return 2 * tokens * width * vocab
 
 
-def bytes_moved(tokens: int, width: int, vocab: int, dtype: torch.dtype) -> int:
-    """Hidden states and weight read, and their gradients written."""
-    return 2 * (tokens + vocab) * width * dtype.itemsize
+def bytes_moved(tokens: int, width: int, vocab: int, dtype: torch.dtype, reads: int = 1, writes: int = 1) -> int:
+    """Hidden states and weight, read once a pass that needs them, and their gradients, written once."""
+    return (reads + writes) * (tokens + vocab) * width * dtype.itemsize

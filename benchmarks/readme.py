@@ -44,6 +44,7 @@ class Results:
     machine: dict
     results: list[dict]
     command: str
+    refused: dict[str, str]  # ops whose tests failed there: they have no results
 
     @property
     def date(self) -> str:
@@ -70,7 +71,10 @@ def read(folder: Path) -> list[Results]:
         if not parts and "steps" not in report:
             print(f"{path.name}: holds nothing that README shows", file=sys.stderr)
         command = "make gpu" if "steps" in report else None
-        found += [Results(path, p["machine"], p["results"], command or command_of(p["machine"])) for p in parts]
+        found += [
+            Results(path, p["machine"], p["results"], command or command_of(p["machine"]), p.get("refused", {}))
+            for p in parts
+        ]
     return sorted(found, key=lambda file: file.date, reverse=True)
 
 
@@ -193,8 +197,8 @@ def slower(results: list[dict]) -> str:
     """Every case of the files in which a rival takes less time, shown in the table or not."""
     found = []
     for result in results:
-        faster = [(name, ratio(result, name)) for name in RIVALS]
-        told = [f"{RIVALS[name]} {digits(r)}x" for name, r in faster if r is not None and r < 1]
+        faster = [(name, ratio(result, name)) for name in result["providers"] if name not in ("ours", PRODUCTS)]
+        told = [f"{RIVALS.get(name, name)} {digits(r)}x" for name, r in faster if r is not None and r < 1]
         found += [f"{label(result)} at {sizes_of(result)}: {', '.join(told)}"] if told else []
     return (
         f"Where another is faster: {'; '.join(found)}." if found else "No other is faster in any case of these files."
@@ -208,6 +212,7 @@ def ops(files: list[Results], device: str) -> Iterator[str]:
         if shown:
             yield source(file, results)
             yield markdown(op_table(shown, file.machine))
+            yield from (f"Not timed, for it failed there: `{op}`, {why}" for op, why in file.refused.items())
             everything += results
     if everything:
         yield slower(everything)
@@ -215,7 +220,7 @@ def ops(files: list[Results], device: str) -> Iterator[str]:
 
 def _with(result: dict) -> tuple[str, bool]:
     """`make gpu` times an op twice: with everybody but torch.compile, then beside that, as far as time allows."""
-    return result["op"], "compile" in result["providers"]
+    return result["op"], "compile" in result["providers"] or "compile" in result.get("failed", {})
 
 
 # Trainers, layouts, rankings
@@ -346,7 +351,9 @@ its inputs, the error is the largest difference of any output from float64."""
 TRAINERS_INTRODUCTION = """\
 The same work in both, checked, each in a process of its own, medians of the steps after the first; memory is the peak
 of the process over what it held when its models were built. TRL takes the policy's log-probabilities from the logits of
-generation, so that its scoring is a pass shorter. `make peers` makes its environments."""
+generation, so that its scoring is a pass shorter. On a CPU TRL's DPO and GRPO project the prompts and the padding too,
+which they do not on a GPU; ours never do. GRPO is TRL's trainer in both, "ours" after `rlhf_kernels.patch("trl")`.
+`make peers` makes its environments."""
 LAYOUTS_INTRODUCTION = """\
 PPO on the gold reward of the demo's task, known-optimum score of each seed; and the peak of one PPO step of a model of
 50 million random parameters. On a CPU `offload` has nowhere to put weights: it saves memory on a GPU alone."""

@@ -21,8 +21,8 @@ class Clock:
 
     def __init__(self, device: torch.device) -> None:
         self.cuda = device.type == "cuda"
-        # Filling it also keeps the device busy while the host launches: short ops are timed on the device, not by their
-        # launch.
+        # Filling it also keeps the device busy while the host launches, for about a tenth of a millisecond: a call that
+        # the host needs longer to launch is charged with the gaps.
         self.flush = torch.empty(FLUSH_BYTES if self.cuda else 0, dtype=torch.int8, device=device)
 
     def __call__(self, run: Callable[[], object], calls: int) -> float:

@@ -162,6 +162,14 @@ def test_modules_that_lack_a_package_are_left_and_listed(ours, tmp_path):
     assert not compat._active
 
 
+def test_a_module_that_does_not_load_is_left_and_listed(ours, tmp_path):
+    """An extension that was built for another torch, for one."""
+    (tmp_path / "wordlib" / "built.py").write_text("raise ImportError('undefined symbol: _Z')\ndef shout(text): ...\n")
+    ours.REPLACEMENTS["wordlib.built.shout"] = our_shout
+    with rlhf_kernels.patch("wordlib") as done:
+        assert done.left == ("wordlib.built.shout: undefined symbol: _Z",)
+
+
 def test_other_libraries():
     with pytest.raises(ValueError, match="expected one of trl, verl, openrlhf, got 'tlr'"):
         rlhf_kernels.patch("tlr")

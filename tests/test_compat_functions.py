@@ -136,6 +136,19 @@ def test_masks_may_hide_nan():
         assert loss.isfinite() and torch.autograd.grad(loss, new)[0].isfinite().all()
 
 
+def test_a_token_that_both_find_impossible_is_filtered():
+    """Trainer and sampler give -inf, their ratio is NaN: OpenRLHF's mask drops the token."""
+    old = torch.tensor([[-1.0, -math.inf]])
+    loss = openrlhf.PolicyLoss(is_correction_level="token", is_correction_mode="mask")
+    new = torch.tensor([[-1.1, -2.0]], requires_grad=True)
+    found = loss(
+        new, torch.tensor([[-1.0, -2.0]]), torch.ones(1, 2), torch.ones(1, 2), torch.tensor([[-1.0, math.nan]])
+    )
+    assert found[0].item() == pytest.approx(-math.exp(-0.1) / 2) and found[4].item() == 0.5
+    weights, share = loss._correction(old, old, torch.ones(1, 2, dtype=torch.bool))
+    assert weights.tolist() == [[1.0, 0.0]] and share.item() == 0.5
+
+
 def test_kl_is_clamped_by_value_in_openrlhf_and_k3_alone_in_verl():
     far, zero = torch.tensor([25.0, -25.0]), torch.zeros(2)
     assert openrlhf.compute_approx_kl(far, zero).tolist() == [10.0, -10.0]

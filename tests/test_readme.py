@@ -94,14 +94,20 @@ def test_a_gpu_is_pending_until_make_gpu_has_timed_one(tmp_path):
     text = readme.section(tmp_path)
     assert readme.PENDING in text
     assert "NVIDIA H200, 580.65: tests 507 passed, 1 failed, 2 skipped, not all ran ([file]" in text
-    for name, seconds in (("ops", {"ours": 1e-3, "eager": 4e-3}), ("ops_compile", {"ours": 1e-3, "compile": 3e-3})):
-        machine = OPS["machine"] | {"device": "cuda", "device_name": "NVIDIA H200"}
-        parts[name] = {"machine": machine, "results": [case("gae", seconds)]}
+    failed = case("gae", {"ours": 2e-3}, (4, 4), failed={"compile": "out of memory"})
+    timed = {
+        "ops": [case("gae", {"ours": 1e-3, "eager": 4e-3})],
+        "ops_compile": [case("gae", {"ours": 1e-3, "compile": 3e-3}), failed],
+    }
+    for day, (name, results) in enumerate(timed.items(), start=1):
+        machine = OPS["machine"] | {"device": "cuda", "device_name": "NVIDIA H200", "date": f"2026-01-0{day}"}
+        parts[name] = {"machine": machine, "results": results, "refused": {"token_kl": "wrong by 1"}}
     (tmp_path / "nvidia-h200-2026-01-03.json").write_text(json.dumps(parts), encoding="utf-8")
     text = readme.section(tmp_path)
     assert readme.PENDING not in text and "NVIDIA H200, 2 of 4 cores" in text and "`make gpu`" in text
     on_gpu = rows(text.partition("### On a GPU")[2], "`gae`")
-    assert [row[2:4] for row in on_gpu] == [["1.00", "4.00x"], ["1.00", "3.00x"]]
+    assert [row[2:4] for row in on_gpu] == [["1.00", "3.00x"], ["1.00", "4.00x"]]
+    assert "Not timed, for it failed there: `token_kl`, wrong by 1" in text
 
 
 def test_a_trainers_row_says_what_each_did_and_where(tmp_path):

@@ -95,6 +95,17 @@ def test_other_work_is_refused():
             dpo_step.check({"rlhf": row, "trl": row | other}, settings)
 
 
+def test_ours_stands_where_trl_did_other_work(monkeypatch, tmp_path):
+    rows = iter([{"losses": [0.7, 0.6]}, {"losses": [0.7, 0.5]}])
+    common = {"step_s": 1.0, "cpu_s": 1.0, "growth_bytes": 1, "peak_bytes": 2, "seconds": [1, 1]}
+    monkeypatch.setattr(steps, "run", lambda *_, **__: None)
+    monkeypatch.setattr(steps, "measured", lambda *_: common | next(rows))
+    monkeypatch.setattr(steps, "TRL_PYTHON", {"dpo": Path(sys.executable)})
+    record = steps.compare(dpo_step.settings_of(1, name="", vocab=64, threads=1), dpo_step.check)
+    assert list(record["providers"]) == ["rlhf"] and record["trl_over_rlhf"] == {}
+    assert record["failed"]["trl"].startswith("it did other work: the losses of rlhf and trl differ")
+
+
 def test_all_comparisons_can_be_made_for_a_gpu():
     found = list(trainer.comparisons("cuda", 2, False))
     others = [(name, vocab) for vocab in (151_936, 32_000, 512) for name in ("ppo", "dpo")]

@@ -141,9 +141,10 @@ def _find_all(library: str, replacements: Mapping[str, object]) -> _Active:
     for name, new in replacements.items():
         try:
             owner, attribute = _owner(name)
-        except ModuleNotFoundError as error:
-            if error.name.partition(".")[0] != library:
-                left.append(f"{name}: no {error.name}")
+        except ImportError as error:
+            missing = isinstance(error, ModuleNotFoundError)
+            if not missing or error.name.partition(".")[0] != library:
+                left.append(f"{name}: {f'no {error.name}' if missing else str(error).strip()}")
                 continue
             owner, attribute = {}, name  # the library has no such module
         if attribute not in _names(owner):

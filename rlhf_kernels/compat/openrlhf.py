@@ -157,7 +157,7 @@ class PolicyLoss(nn.Module):
         statistic = _mean(statistic, mask, -1)[:, None] if by_sequence else statistic
         statistic = statistic.exp() if self.is_correction_gating == "ratio" else statistic
         low, high = self.is_correction_threshold
-        outside = (statistic < low) | (statistic > high)
+        outside = ~((statistic >= low) & (statistic <= high))  # NaN, of two that give -inf, is outside
         if self.is_correction_mode == "clip":
             weights = statistic.clamp(low, high)
         else:

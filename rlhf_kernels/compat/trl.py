@@ -71,8 +71,9 @@ class ChunkedLogProbFunction:
 
 
 def _projects_scored_positions_only(device: torch.device) -> bool:
-    """In place of TRL's _use_triton where add_fused_lm_head asks it whether to drop positions before the head."""
-    return True
+    """In place of TRL's _use_triton where add_fused_lm_head asks it whether to drop positions before the head: no on
+    devices that compile for a shape, as in TRL, but yes on a CPU."""
+    return device.type in ("cpu", "cuda", "xpu")
 
 
 def _ids(index: Tensor, row_mask: Tensor | None) -> Tensor:
@@ -101,7 +102,10 @@ def selective_log_softmax(
     if not several and not _in_their_dtype(logits):
         return token_logprobs(logits, _ids(index, row_mask), temperature=temperature)
     z = logits if temperature == 1.0 else logits / temperature
-    logprobs = z.log_softmax(-1).gather(-1, index if several else index[..., None])
+    if several and z.dtype in (torch.float32, torch.float64):  # a row at a time, as TRL does for its memory
+        logprobs = z.gather(-1, index) - torch.stack([row.logsumexp(-1) for row in z])[..., None]
+    else:
+        logprobs = z.log_softmax(-1).gather(-1, index if several else index[..., None])
     logprobs = logprobs if several else logprobs[..., 0]
     return logprobs if row_mask is None else logprobs.masked_fill(row_mask == 0, 0.0)
 
