@@ -69,6 +69,10 @@ def test_counts_of_a_killed_run_are_those_of_its_output(tmp_path):
         ({"steps": {"build": {}, "tests": {"returncode": None}}}, False),
         ({"sanitizer": {"summary": "ERROR SUMMARY: 1 error"}}, False),
         ({"sanitizer": {"summary": None}}, True),
+        ({"steps": {"sanitizer": {"returncode": 1}}}, False),
+        ({"steps": {"sanitizer": {"returncode": None}}}, True),
+        ({"ops": {"refused": {"gae": "wrong"}}}, False),
+        ({"ops": {"refused": {}}}, True),
     ],
 )
 def test_what_makes_the_command_fail(changes, expected):

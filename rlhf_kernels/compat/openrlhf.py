@@ -157,10 +157,10 @@ class PolicyLoss(nn.Module):
         statistic = _mean(statistic, mask, -1)[:, None] if by_sequence else statistic
         statistic = statistic.exp() if self.is_correction_gating == "ratio" else statistic
         low, high = self.is_correction_threshold
-        outside = ~((statistic >= low) & (statistic <= high))  # NaN, of two that give -inf, is outside
         if self.is_correction_mode == "clip":
-            weights = statistic.clamp(low, high)
+            outside, weights = (statistic < low) | (statistic > high), statistic.clamp(low, high)
         else:
+            outside = ~((statistic >= low) & (statistic <= high))  # NaN, of two that give -inf, is outside
             weights = torch.where(outside, 0.0, log_ratio.exp())
         return weights, outside.float().mean() if by_sequence else _mean(outside.float(), mask)
 
