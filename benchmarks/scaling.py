@@ -22,7 +22,7 @@ from .measure import Result, measure
 from .report import sweep_table
 
 MAX_CALL_SECONDS = {"cpu": 1.5, "cuda": 3.0}  # of rivals
-POINT_SECONDS, QUICK_SECONDS = 2.0, 0.2  # of timing a size
+POINT_SECONDS, QUICK_SECONDS = 1.0, 0.2  # of timing a size
 MIN_ROUNDS = 3
 USABLE = 0.9  # of the memory that is free
 LEFT_OUT = ("products",)

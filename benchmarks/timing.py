@@ -12,7 +12,7 @@ from .case import Inputs, Provider, on_backend
 
 MIN_ROUNDS, MAX_ROUNDS, MIN_SLOW_ROUNDS = 7, 31, 3
 MIN_SAMPLE_SECONDS, MAX_CALLS = 0.02, 200  # a sample repeats a call for so long, or so often
-SLOW_SECONDS = 1.0
+SLOW_SECONDS = 0.3
 FLUSH_BYTES = 2**28  # more than any L2 holds
 
 
@@ -62,7 +62,7 @@ def interleave(
 ) -> tuple[dict[str, list[float]], dict[str, int]]:
     """({name: samples}, {name: calls a sample}) of min_rounds to 31 interleaved rounds.
 
-    Providers share the time equally. One whose sample lasts over a second sits rounds out, evenly, down to 3 samples
+    Providers share the time equally. One whose call lasts over SLOW_SECONDS sits rounds out, evenly, down to 3 samples
     (or min_rounds, where that is fewer). A sample starts with an untimed call: with a 311 MB gradient a call took
     0.15 s in memory that the same provider had just freed, and mostly 0.7 to 0.9 s in memory that another had (a
     virtual machine, 1 thread).
