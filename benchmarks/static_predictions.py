@@ -1,0 +1,3 @@
+"""Predictions for an H200 that are arithmetic alone."""
+
+PREDICTIONS = [("x", "y", "z")]
