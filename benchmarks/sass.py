@@ -228,10 +228,8 @@ def _path(
         scored = []
         for own, (score, rest) in ways:
             widths = [x.width for x, runs in own if runs and x.width]
-            wide, narrow = (
-                sum(w for w in widths if w == 16),
-                sum(x.op.startswith("L") and x.width in (1, 2) for x, _ in own),
-            )
+            wide = sum(width for width in widths if width == 16)
+            narrow = sum(x.op.startswith("L") and x.width in (1, 2) for x, _ in own)
             cost = (wide, -narrow, sum(widths), -len(widths), sign * len(own))
             scored.append((tuple(a + b for a, b in zip(cost, score)), (own, rest)))
         return max(scored, key=lambda found: found[0], default=None)

@@ -12,6 +12,8 @@ from __future__ import annotations
 
 import argparse
 import importlib.metadata
+import json
+import os
 import re
 import shutil
 import subprocess
@@ -26,9 +28,9 @@ import torch
 from . import launches as recorded
 from .aot import NVIDIA, Launch, compile_launch, resources
 from .occupancy import occupancy
-from .roofline import LATENCY_NS, MACHINE, limits, verdict
+from .roofline import limits, verdict
 from .sass import Kernel, disassemble, kernels
-from .static_predictions import PREDICTIONS
+from .static_text import TEXT, predictions
 
 ROOT = Path(__file__).resolve().parent.parent
 ARCHS = tuple(target.replace("cuda:", "sm_") for target in NVIDIA)
@@ -80,13 +82,17 @@ class Subject:
 
 def triton_calls() -> Iterator[tuple[str, list[Launch]]]:
     """(what is called, what it launches) of every Triton op."""
+    rows, bf16 = recorded.ROWS, torch.bfloat16
     for label, case in ROW_CASES.items():
-        yield f"token_logprobs, {label}", recorded.row_launches(**recorded.ROWS[case])
-    yield "ops on hidden states, bf16, V 128256", recorded.tile_launches(**recorded.ROWS["bf16"])
+        yield f"token_logprobs and backward, {label}", recorded.row_launches(**rows[case])
+    hidden = "ops on hidden states: gradient over bf16 logits, gradient of fp32 logits"
+    yield hidden, recorded.tile_launches(**rows["bf16"])
     for label, case in list(ROW_CASES.items())[:3]:
-        yield f"logits_kl, {label}", recorded.divergence_launches(**recorded.ROWS[case])
+        name = f"logits_kl and backward, reverse and forward KL, {label}"
+        yield name, recorded.divergence_launches(**rows[case])
     yield from recorded.token_launches(torch.float32).items()
-    yield "adamw_bf16_", recorded.adamw_launches(torch.bfloat16, recorded.N, False)
+    yield "adamw_bf16_", recorded.adamw_launches(bf16, recorded.N, False)
+    yield "adamw_bf16_, a size that is no multiple of 16", recorded.adamw_launches(bf16, recorded.N + 7, False)
 
 
 def triton_subjects(calls) -> Iterator[Subject]:
@@ -150,9 +156,6 @@ def demangled(name: str) -> tuple[str, str]:
 
 def cuda_launches() -> dict[str, int]:
     """Launches of each call of token_calls, counted by the emulator of the tests, which runs the real wrappers."""
-    import json
-    import os
-
     if shutil.which(os.environ.get("CXX", "g++")) is None:
         return {}
     with tempfile.TemporaryDirectory() as folder:
@@ -162,6 +165,14 @@ def cuda_launches() -> dict[str, int]:
         environment = {**os.environ, "PYTHONPATH": str(ROOT), "RLHF_KERNELS_BACKEND": ""}
         done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, check=True)
     return json.loads(done.stdout.splitlines()[-1])
+
+
+def tools() -> str:
+    triton = f"Triton {importlib.metadata.version('triton')}"
+    if shutil.which("nvcc") is None:
+        return f"{triton}; the CUDA kernels are missing, for there was no nvcc"
+    version = subprocess.run(["nvcc", "--version"], capture_output=True, text=True, check=True).stdout
+    return f"{triton} and nvcc {re.search(r'release (.+),', version)[1]}"
 
 
 def table(header: list[str], rows: list[list]) -> str:
@@ -231,21 +242,15 @@ def launch_table(calls, emulated: dict[str, int]) -> str:
 
 
 def report(subjects: list[Subject], calls, emulated: dict[str, int]) -> str:
-    nvcc = re.search(r"release (\S+),", subprocess.run(["nvcc", "--version"], capture_output=True, text=True).stdout)
-    tools = f"Triton {importlib.metadata.version('triton')}" + (f", nvcc {nvcc[1]}" if nvcc else "")
-    text = (Path(__file__).parent / "static_text.md").read_text()
     parts = {
-        "tools": tools,
-        "machine": str(MACHINE),
-        "balance": f"{MACHINE.instructions_a_byte:.1f}",
-        "in_flight": f"{MACHINE.bytes_in_flight / 1024:.0f}",
-        "latency": str(LATENCY_NS),
+        "tools": tools(),
         "launches": launch_table(calls, emulated),
         "resources": resource_table(subjects),
         "loops": loop_table(subjects),
         "whole": whole_table(subjects),
-        "predictions": table(["op", "floor", "why"], [list(row) for row in PREDICTIONS]),
+        "predictions": table(["op", "floor", "why"], predictions()),
     }
+    text = TEXT
     for name, value in parts.items():
         text = text.replace(f"[[{name}]]", value)
     return text
