@@ -7,12 +7,15 @@ serves both.
 
 from __future__ import annotations
 
+import math
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 INF = float("inf")
+LOG2_E = tl.constexpr(math.log2(math.e))
 
 
 def launch(kernel, grid: tuple[int, ...], like: Tensor, *args, **meta) -> None:
@@ -86,12 +89,22 @@ def clip(x, low, high):
 
 
 @triton.jit
+def exp(x):
+    """tl.exp; of float32 results below 1e-38 are 0, which spares three instructions of five."""
+    return tl.exp2(x * LOG2_E) if x.dtype == tl.float32 else tl.exp(x)
+
+
+@triton.jit
 def exp_tail(x):
-    """exp(x) - 1 - x, to the last digits near 0 too: there by its Taylor series, cut at 1e-16 of the first term."""
-    series = tl.full(x.shape, 1.0, x.dtype)
-    for k in tl.static_range(13, 2, -1):
-        series = 1.0 + series * x * (1.0 / k)
-    return tl.where(tl.abs(x) < 0.35, 0.5 * x * x * series, tl.exp(x) - 1.0 - x)
+    """exp(x) - 1 - x, to the last digits near 0 too: there by its Taylor series, cut below the last digit."""
+    if x.dtype == tl.float64:  # by fewer constants, for registers
+        series = tl.full(x.shape, 1.0, x.dtype)
+        for k in tl.static_range(13, 2, -1):
+            series = 1.0 + series * x * (1.0 / k)
+    else:
+        series = 1.0 / 60 + x * (1.0 / 360 + x * (1.0 / 2520 + x * (1.0 / 20160)))
+        series = 1.0 + x * (1.0 / 3 + x * (1.0 / 12 + x * series))
+    return tl.where(tl.abs(x) < 0.35, 0.5 * x * x * series, exp(x) - 1.0 - x)
 
 
 @triton.jit

@@ -7,6 +7,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ._common import exp
+
 
 @triton.jit
 def tanh(u):
@@ -36,6 +38,34 @@ def load_block(pointers, column, n_columns, DTYPE: tl.constexpr, BLOCK: tl.const
     else:
         x = tl.load(pointers, mask=(columns >= 0) & (columns < n_columns), other=-float("inf"))
     return x.to(DTYPE), columns
+
+
+@triton.jit
+def add_block(z, inverse, largest, total, weighted, WEIGHTED: tl.constexpr):
+    """Adds a block z of logits to what is known of a row: its largest logit times `inverse` and, a lane each, total =
+    sum exp(d) and weighted = sum exp(d) d for d = z inverse - largest.
+
+    One maximum for the block, so that an iteration has one reduction; a lane keeps its own sums until the end."""
+    new = tl.maximum(largest, tl.max(z, 0) * inverse)
+    if new > largest:  # seldom after the first blocks; otherwise the sums would be multiplied by 1
+        rescale = exp(largest - new)
+        if WEIGHTED:
+            weighted = (weighted + total * tl.where(largest == -float("inf"), 0.0, largest - new)) * rescale
+        total *= rescale
+        largest = new
+    # The product is exact inside the FMA: z inverse is never rounded, and an offset of 1e4 costs no digit.
+    d = tl.fma(z, inverse, -tl.where(largest == -float("inf"), 0.0, largest))
+    weight = exp(d)
+    if WEIGHTED:
+        # exp(-1e4) is 0 in every dtype: the bound keeps 0 * -inf away.
+        weighted += weight * tl.maximum(d, -1e4)
+    return largest, total + weight, weighted
+
+
+@triton.jit
+def log_sum_of(largest, sums):
+    """NaN for a row of -inf alone."""
+    return tl.where(largest == -float("inf"), float("nan"), tl.log(sums))
 
 
 @triton.jit

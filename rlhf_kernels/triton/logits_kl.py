@@ -8,8 +8,17 @@ from torch import Tensor
 
 from .._layout import compute_dtype, prepare
 from ..ops.logits_kl import SAVED
-from ._common import exp_tail, launch
-from ._rows import inverse_temperature, load_block, row_meta, row_start, rows_of, tanh
+from ._common import exp, exp_tail, launch
+from ._rows import (
+    add_block,
+    inverse_temperature,
+    load_block,
+    log_sum_of,
+    row_meta,
+    row_start,
+    rows_of,
+    tanh,
+)
 
 
 @triton.jit
@@ -23,11 +32,8 @@ def _normaliser(
         z, columns = load_block(logits + aligned + start + tl.arange(0, BLOCK), first + start, n_read, DTYPE, BLOCK)
         if SOFTCAP:
             z = tl.where((columns >= 0) & (columns < n_read), cap * tanh(z / cap), -float("inf"))
-        new = tl.maximum(largest, tl.max(z, 0) * inverse)
-        shift = tl.where(new == -float("inf"), 0.0, new)
-        total = total * tl.exp(largest - shift) + tl.exp(tl.fma(z, inverse, -shift))
-        largest = new
-    return largest, tl.where(largest == -float("inf"), float("nan"), tl.log(tl.sum(total, 0)))
+        largest, total, _ = add_block(z, inverse, largest, total, total, False)
+    return largest, log_sum_of(largest, tl.sum(total, 0))
 
 
 @triton.jit
@@ -79,17 +85,19 @@ def _forward_kernel(
     shift = (top - ref_top) + (log_total - ref_log_total)
     # Where both rows lie alike to 16 bytes, both are loaded by 16 bytes.
     ref_base = ref_aligned if TOGETHER else ref_aligned - ref_first + first
-    total = tl.zeros((BLOCK,), DTYPE)
-    moment = tl.zeros((BLOCK,), DTYPE)
-    weight = tl.zeros((BLOCK,), DTYPE)
-    for start in range(0, n_read - first, BLOCK):
-        lanes = start + tl.arange(0, BLOCK)
-        z, columns = load_block(logits + aligned + lanes, first + start, n_read, DTYPE, BLOCK)
-        ref_z, _ = load_block(ref_logits + ref_base + lanes, first + start, n_read, DTYPE, BLOCK)
+    # Half a block, because two rows and three sums a lane would leave a multiprocessor half the warps.
+    HALF: tl.constexpr = BLOCK // 2
+    total = tl.zeros((HALF,), DTYPE)
+    moment = tl.zeros((HALF,), DTYPE)
+    weight = tl.zeros((HALF,), DTYPE)
+    for start in range(0, n_read - first, HALF):
+        lanes = start + tl.arange(0, HALF)
+        z, columns = load_block(logits + aligned + lanes, first + start, n_read, DTYPE, HALF)
+        ref_z, _ = load_block(ref_logits + ref_base + lanes, first + start, n_read, DTYPE, HALF)
         z, ref_z = _shaped(z, cap, SOFTCAP), _shaped(ref_z, cap, SOFTCAP)
         x = _log_ratio(z, ref_z, inverse, shift)
-        p = tl.exp(tl.fma(z, inverse, -top) - log_total)
-        q = tl.exp(tl.fma(ref_z, inverse, -ref_top) - ref_log_total)
+        p = exp(tl.fma(z, inverse, -top) - log_total)
+        q = exp(tl.fma(ref_z, inverse, -ref_top) - ref_log_total)
         if SOFTCAP:  # a softcap makes -inf finite
             inside = (columns >= 0) & (columns < n_read)
             p, q = tl.where(inside, p, 0.0), tl.where(inside, q, 0.0)
@@ -139,8 +147,8 @@ def _backward_kernel(
         ref_x, _ = load_block(ref_logits + ref_base + lanes, first + start, n_read, DTYPE, BLOCK)
         z, ref_z = _shaped(x, cap, SOFTCAP), _shaped(ref_x, cap, SOFTCAP)
         ratio = _log_ratio(z, ref_z, inverse, shift)
-        p = tl.exp(tl.fma(z, inverse, -top) - log_total)
-        q = tl.exp(tl.fma(ref_z, inverse, -ref_top) - ref_log_total) if FORWARD_KL else p
+        p = exp(tl.fma(z, inverse, -top) - log_total)
+        q = exp(tl.fma(ref_z, inverse, -ref_top) - ref_log_total) if FORWARD_KL else p
         d = _slopes(p, q, ratio, FORWARD_KL) - p * mean
         d *= upstream
         if SOFTCAP:

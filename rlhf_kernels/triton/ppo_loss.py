@@ -14,7 +14,7 @@ from torch import Tensor
 from .._layout import check_cu_seqlens
 from ..ops.ppo_loss import SEQ_TOKEN_MEAN, SEQ_TOKEN_SUM, TOKEN_MEAN
 from ..stats import PPO_FIELDS
-from ._common import bound, check_tokens, clip, counted, exp_tail, kl_value, launch, load_counted, sequence_bounds
+from ._common import bound, check_tokens, clip, counted, exp, exp_tail, kl_value, launch, load_counted, sequence_bounds
 
 PARTS, BLOCK = 256, 512
 COUNT_BLOCK = 1024
@@ -68,7 +68,7 @@ def _policy(logprobs, old_logprobs, advantages, low, high, dual_clip, log_ratio_
     d = clip(raw, -log_ratio_clamp, log_ratio_clamp)
     tail = exp_tail(d)
     # Near 1, where ratios are, the sum has half the error of a GPU's exp.
-    ratio = tl.where(tl.abs(d) < 0.35, 1.0 + (d + tail), tl.exp(d))
+    ratio = tl.where(tl.abs(d) < 0.35, 1.0 + (d + tail), exp(d))
     unclipped = -advantages * ratio
     clipped = -advantages * clip(ratio, low, high)
     is_clipped = clipped > unclipped
@@ -98,7 +98,7 @@ def _kl_gradient(x, KIND: tl.constexpr):
     elif KIND == 1:
         gradient = tl.where(x > 0, 1.0, tl.where(x < 0, -1.0, x))
     elif KIND == 3:
-        gradient = tl.where(tl.abs(x) < 0.35, x - exp_tail(-x), 1.0 - tl.exp(-x))
+        gradient = tl.where(tl.abs(x) < 0.35, x - exp_tail(-x), 1.0 - exp(-x))
     else:
         gradient = x
     return gradient

@@ -8,8 +8,17 @@ import triton.language as tl
 from torch import Tensor
 
 from .._layout import compute_dtype, prepare
-from ._common import launch
-from ._rows import inverse_temperature, load_block, row_meta, row_start, rows_of, tanh
+from ._common import exp, launch
+from ._rows import (
+    add_block,
+    inverse_temperature,
+    load_block,
+    log_sum_of,
+    row_meta,
+    row_start,
+    rows_of,
+    tanh,
+)
 
 
 @triton.jit
@@ -32,28 +41,15 @@ def _forward_kernel(
     inverse = inverse_temperature(temperatures, temperature, row, kept, DTYPE)
     cap = tl.full((), softcap, DTYPE)
     aligned, first = row_start(row, origin, inner, stride_outer, stride_inner, ALIGN)
-    # One maximum for the block, so that an iteration has one reduction; a lane keeps its own sums until the end.
     largest = tl.full((), -float("inf"), DTYPE)
-    total = tl.zeros((BLOCK,), DTYPE)  # sum exp(z - largest)
-    weighted = tl.zeros((BLOCK,), DTYPE)  # sum exp(z - largest) (z - largest)
+    total, weighted = tl.zeros((BLOCK,), DTYPE), tl.zeros((BLOCK,), DTYPE)
     for start in range(0, tl.where(kept, n_columns - first, 0), BLOCK):
         z, columns = load_block(logits + aligned + start + tl.arange(0, BLOCK), first + start, n_columns, DTYPE, BLOCK)
         if SOFTCAP:
             z = tl.where((columns >= 0) & (columns < n_columns), cap * tanh(z / cap), -float("inf"))
-        new = tl.maximum(largest, tl.max(z, 0) * inverse)
-        shift = tl.where(new == -float("inf"), 0.0, new)
-        rescale = tl.exp(largest - shift)
-        # The product is exact inside the FMA: z / temperature is never rounded, and an offset of 1e4 costs no digit.
-        d = tl.fma(z, inverse, -shift)
-        weight = tl.exp(d)
-        if ENTROPY:
-            moved = tl.where(largest == -float("inf"), 0.0, largest - shift)
-            # exp(-1e4) is 0 in every dtype: the bound keeps 0 * -inf away.
-            weighted = (weighted + total * moved) * rescale + weight * tl.maximum(d, -1e4)
-        total = total * rescale + weight
-        largest = new
+        largest, total, weighted = add_block(z, inverse, largest, total, weighted, ENTROPY)
     sums = tl.sum(total, 0)
-    log_total = tl.where(largest == -float("inf"), float("nan"), tl.log(sums))
+    log_total = log_sum_of(largest, sums)
     z = tl.load(logits + aligned - first + tl.where(kept & (bad == 0), token, 0)).to(DTYPE)
     if SOFTCAP:
         z = cap * tanh(z / cap)
@@ -101,7 +97,7 @@ def _backward_kernel(
             t = tanh(x / cap)
             z = cap * t
         logp = tl.fma(z, inverse, -shift) - log_total
-        p = tl.exp(logp)
+        p = exp(logp)
         d = tl.zeros((BLOCK,), DTYPE)
         if grad_logprobs is not None:
             d = by_logprob * (tl.where(columns == token, 1.0, 0.0) - p)
