@@ -7,7 +7,7 @@ RUN = $(VENV)/bin/python
 PIP = $(RUN) -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 SOURCES = pyproject.toml setup.py constraints.txt $(shell find csrc -type f)
 
-.PHONY: demo test test-slow bench bench-check gpu lint peers clean
+.PHONY: demo test test-slow bench bench-scaling bench-check gpu lint peers clean
 
 demo: $(VENV)/.ready
 	$(RUN) -m rlhf demo
@@ -18,16 +18,20 @@ test: $(VENV)/.ready
 test-slow: $(VENV)/.ready
 	$(RUN) -m pytest -m slow
 
-# Table, JSON, CSV in Liger's columns and plots of the ops at fixed and over growing sizes, on two cores within 15 minutes. Peers
-# take part where `make peers` has made their environment.
+# The ops at fixed sizes: table, JSON, CSV in Liger's columns and plots, 12 minutes on two cores; and over growing sizes.
+# Peers take part where `make peers` has made their environment.
 BENCH_RUN = $(if $(wildcard .venv-peers/.ready),.venv-peers/bin/python,$(RUN))
-BENCH_FILE = $(RESULTS_DIR)/cpu-$$(date +%F)
 BENCHED = ours products eager compile torch fused_fp32 trl liger cce verl
+BENCH = $(BENCH_RUN) -m benchmarks --device cpu --providers $(BENCHED) --plots $(RESULTS_DIR)/plots
+BENCH_FILE = $(RESULTS_DIR)/cpu-$$(date +%F)
 
 bench: $(VENV)/.ready
 	mkdir -p $(RESULTS_DIR)
-	$(BENCH_RUN) -m benchmarks op scaling --device cpu --seconds 2 --providers $(BENCHED) --json $(BENCH_FILE).json \
-		--csv $(BENCH_FILE).csv --plots $(RESULTS_DIR)/plots
+	$(BENCH) --seconds 2 --json $(BENCH_FILE).json --csv $(BENCH_FILE).csv
+
+bench-scaling: $(VENV)/.ready
+	mkdir -p $(RESULTS_DIR)
+	$(BENCH) scaling --json $(BENCH_FILE)-scaling.json --csv $(BENCH_FILE)-scaling.csv
 
 # Fails where an op is slower against eager than benchmarks/regressions.json says of this machine; STORE=1 adds to it.
 bench-check: $(VENV)/.ready
