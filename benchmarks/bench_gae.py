@@ -10,7 +10,7 @@ from torch import Tensor
 
 import rlhf_kernels
 
-from .case import Case, Inputs, Outputs, Provider, compiled, response_mask
+from .case import Case, Inputs, Outputs, Provider, compiled, masked, response_mask
 
 DTYPES = ("float32", "float64")
 SIZES, QUICK_SIZES = ((512, 2048), (8, 8192)), ((8, 64),)
@@ -78,12 +78,6 @@ def _inputs(batch: int, length: int, dtype: torch.dtype, device: torch.device) -
     generator = torch.Generator(device).manual_seed(0)
     rewards, values = torch.randn(2, batch, length, dtype=dtype, device=device, generator=generator)
     return {"rewards": rewards, "values": values, "mask": response_mask(batch, length, device, generator)}
-
-
-def masked(outputs: Outputs) -> Outputs:
-    """Zeros under the mask, where a provider gives it."""
-    mask = outputs.get("mask")
-    return outputs if mask is None else {name: x * mask for name, x in outputs.items() if name != "mask"}
 
 
 def case(

@@ -21,17 +21,12 @@ GPU_SIZES = ((16, 512, 4096, 128256),)
 BETA = 0.1
 
 
-def logprobs(hidden: Tensor, weight: Tensor, token_ids: Tensor) -> tuple[Tensor]:
-    logp = torch.log_softmax((hidden @ weight.T).to(torch.promote_types(hidden.dtype, torch.float32)), -1)
-    return (logp.gather(-1, token_ids[..., None])[..., 0],)
-
-
 def in_chunks(hidden: Tensor, weight: Tensor, token_ids: Tensor) -> tuple[Tensor]:
-    found = heads.in_chunks(logprobs, hidden.flatten(0, 1), weight, token_ids.flatten(), rows=(0, 2))
+    found = heads.in_chunks(heads.logprobs, hidden.flatten(0, 1), weight, token_ids.flatten(), rows=(0, 2))
     return (found[0].view_as(token_ids),)
 
 
-def eager(hidden: Tensor, weight: Tensor, token_ids: Tensor, ref_logps: Tensor, of_head=logprobs) -> Outputs:
+def eager(hidden: Tensor, weight: Tensor, token_ids: Tensor, ref_logps: Tensor, of_head=heads.logprobs) -> Outputs:
     ratios = of_head(hidden, weight, token_ids)[0].sum(-1) - ref_logps
     chosen, rejected = ratios.chunk(2)
     return {"loss": -logsigmoid(BETA * (chosen - rejected)).mean()}

@@ -36,9 +36,7 @@ def eager(
 
 
 def logprobs_only(hidden: Tensor, weight: Tensor, token_ids: Tensor) -> tuple[Tensor, float]:
-    logits = hidden @ weight.T
-    logp = torch.log_softmax(logits.to(torch.promote_types(logits.dtype, torch.float32)), -1)
-    return logp.gather(-1, token_ids[..., None]).squeeze(-1), 0.0
+    return *heads.logprobs(hidden, weight, token_ids), 0.0
 
 
 def eager_grpo(**inputs: Tensor) -> Outputs:

@@ -57,9 +57,7 @@ def alone(function: Callable[..., Outputs]) -> Callable[..., Outputs]:
 
 
 def eager_alone(hidden: Tensor, weight: Tensor, token_ids: Tensor) -> Outputs:
-    logits = hidden @ weight.T
-    logp = torch.log_softmax(logits.to(torch.promote_types(logits.dtype, torch.float32)), -1)
-    return {"logprobs": logp.gather(-1, token_ids[..., None]).squeeze(-1)}
+    return {"logprobs": heads.logprobs(hidden, weight, token_ids)[0]}
 
 
 def ours_alone(hidden: Tensor, weight: Tensor, token_ids: Tensor) -> Outputs:

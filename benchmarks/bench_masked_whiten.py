@@ -10,7 +10,7 @@ from torch import Tensor
 
 import rlhf_kernels
 
-from .case import Case, Inputs, Outputs, Provider, compiled, response_mask
+from .case import Case, Inputs, Outputs, Provider, compiled, masked, response_mask
 
 DTYPES = ("float32", "float64")
 SIZES, QUICK_SIZES, GPU_SIZES = ((512, 2048),), ((8, 64),), ((512, 2048), (8192, 4096))
@@ -41,11 +41,6 @@ def verl(x: Tensor, mask: Tensor) -> Outputs:
     return {"whitened": masked_whiten(x, mask), "mask": mask}
 
 
-def _masked(outputs: Outputs) -> Outputs:
-    mask = outputs.get("mask")
-    return {"whitened": outputs["whitened"] if mask is None else outputs["whitened"] * mask}
-
-
 def _inputs(batch: int, length: int, dtype: torch.dtype, device: torch.device) -> Inputs:
     generator = torch.Generator(device).manual_seed(0)
     x = torch.randn(batch, length, dtype=dtype, device=device, generator=generator)
@@ -65,5 +60,5 @@ def cases(device: torch.device, dtype: torch.dtype, quick: bool) -> Iterator[Cas
             },
             # x and a byte of mask in, the result out; the sweep for the statistics before it is not counted
             bytes_moved=batch * length * (2 * dtype.itemsize + 1),
-            comparable=_masked,
+            comparable=masked,
         )  # fmt: skip

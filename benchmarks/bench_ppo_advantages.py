@@ -10,9 +10,9 @@ from torch import Tensor
 
 import rlhf_kernels
 
-from .bench_gae import GAMMA, LAM, compiled_blocks, loop, masked
+from .bench_gae import GAMMA, LAM, compiled_blocks, loop
 from .bench_masked_whiten import whiten
-from .case import Case, Inputs, Outputs, Provider, compiled, response_mask
+from .case import Case, Inputs, Outputs, Provider, compiled, masked, response_mask
 
 DTYPES = ("float32", "float64")
 SIZES, QUICK_SIZES, GPU_SIZES = ((512, 1024),), ((8, 64),), ((512, 1024), (8192, 4096))

@@ -76,6 +76,12 @@ def response_mask(
     return torch.arange(length, device=device) < lengths
 
 
+def masked(outputs: Outputs) -> Outputs:
+    """Zeros under the mask, where a provider gives it."""
+    mask = outputs.get("mask")
+    return outputs if mask is None else {name: x * mask for name, x in outputs.items() if name != "mask"}
+
+
 def compiled(forward: Callable, dynamic: bool | None = False) -> Callable:
     """torch.compile: one graph, shapes known, no CUDA graphs. A sweep over sizes passes None and compiles twice."""
     return torch.compile(forward, fullgraph=True, dynamic=dynamic)

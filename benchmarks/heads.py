@@ -38,6 +38,13 @@ def inputs(
     return out | {name: new(tokens, dtype=torch.promote_types(dtype, torch.float32)) for name in per_token}
 
 
+def logprobs(hidden: Tensor, weight: Tensor, token_ids: Tensor) -> tuple[Tensor]:
+    """Every logit, log_softmax, gather."""
+    logits = hidden @ weight.T
+    logp = torch.log_softmax(logits.to(torch.promote_types(logits.dtype, torch.float32)), -1)
+    return (logp.gather(-1, token_ids[..., None]).squeeze(-1),)
+
+
 def logprobs_and_entropy(hidden: Tensor, weight: Tensor, token_ids: Tensor) -> tuple[Tensor, Tensor]:
     """As peers write it: every logit, log_softmax, gather, and the entropy from the same log_softmax."""
     logits = hidden @ weight.T

@@ -47,16 +47,16 @@ def backends(case: Case, device: torch.device) -> list[str | None]:
 
 def cases(args: argparse.Namespace, device: torch.device, refused: dict[str, str]) -> Iterator[Case]:
     """Of ops whose battery passes here. Graphs compiled for one case are forgotten before the next."""
-    passed: set[str] = set()
+    tried: set[str] = set()
     for op in args.ops:
         module = bench(op)
         for dtype in dtypes(module, args.dtype, device):
             for case in module.cases(device, dtype, args.quick):
-                if case.op not in passed | set(refused):
+                if case.op not in tried:
                     if why := refusal(case.op, backends(case, device), device):
                         refused[case.op] = why
                         print(f"\n{case.op} refused, its battery fails: {why}", flush=True)
-                    passed.add(case.op)
+                    tried.add(case.op)
                 if case.op not in refused:
                     torch._dynamo.reset()
                     yield case

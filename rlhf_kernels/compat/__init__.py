@@ -49,7 +49,7 @@ class Patch:
     version: str
     replaced: tuple[str, ...]  # full names, "trl.trainer.utils.selective_log_softmax"
     applied: bool  # False where the library was patched already
-    left: tuple[str, ...] = ()  # "name: no package", of modules that nothing here can import
+    left: tuple[str, ...] = ()  # "name: why", of modules that cannot be imported here
 
     def __str__(self) -> str:
         left = [f"left as it is, {name}" for name in self.left]

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ..ops.dpo_loss import DPOOptions, dpo_loss
 from ..ops.gae import gae
 from ..ops.ppo_loss import PPOLossOptions, ppo_loss
-from ..ops.token_kl import token_kl
+from ..ops.token_kl import token_kl, with_gradient_of
 from ..ops.token_logprobs import token_logprobs
 
 SUPPORTED = ("0.11", "0.12")
@@ -50,7 +50,7 @@ def compute_approx_kl(
     surrogate = token_kl(p, q, "k2")
     if log_probs_old is not None:
         surrogate = surrogate * (p - log_probs_old.float()).exp().clamp(max=KL_IS_WEIGHT_CLIP).detach()
-    return value.detach() + (surrogate - surrogate.detach())
+    return with_gradient_of(value, surrogate)
 
 
 def _mean(x: Tensor, mask: Tensor, dim: int | None = None) -> Tensor:

@@ -15,7 +15,7 @@ from ..ops.gae import gae
 from ..ops.linear_token_logprobs import linear_token_logprobs
 from ..ops.masked_whiten import masked_whiten as whiten
 from ..ops.ppo_loss import REDUCTIONS, PPOLossOptions, ppo_loss, token_scale, token_weights
-from ..ops.token_kl import token_kl
+from ..ops.token_kl import token_kl, with_gradient_of
 from ..ops.token_logprobs import token_logprobs
 
 SUPPORTED = ("0.9", "0.10")
@@ -229,8 +229,7 @@ def kl_penalty(logprob: Tensor, ref_logprob: Tensor, kl_penalty: str) -> Tensor:
     value = value if clamp is None else value.clamp(-K3_CLAMP, K3_CLAMP)
     if name == kl_penalty or ESTIMATORS[name] == "k2":
         return value
-    surrogate = token_kl(logprob, ref_logprob, "k2")
-    return value.detach() + (surrogate - surrogate.detach())
+    return with_gradient_of(value, token_kl(logprob, ref_logprob, "k2"))
 
 
 _CORE, _UTILS = "verl.trainer.ppo.core_algos", "verl.utils.torch_functional"

@@ -42,6 +42,11 @@ def kl_gradient(x: Tensor, estimator: int) -> Tensor:
     return (torch.ones_like(x), x.sign(), x, -torch.expm1(-x))[estimator] if estimator < len(VALUES) else x
 
 
+def with_gradient_of(value: Tensor, surrogate: Tensor) -> Tensor:
+    """The value with the gradient of another."""
+    return value.detach() + (surrogate - surrogate.detach())
+
+
 def token_kl_reference(
     logprobs: Tensor,  # any shape
     ref_logprobs: Tensor,  # the same
@@ -54,8 +59,7 @@ def token_kl_reference(
     value = kl_value(x, estimator)
     if estimator < len(VALUES):
         return value
-    surrogate = 0.5 * x * x
-    return value.detach() + (surrogate - surrogate.detach())
+    return with_gradient_of(value, 0.5 * x * x)
 
 
 token_kl_op = define_composite(SCHEMA, token_kl_reference)
