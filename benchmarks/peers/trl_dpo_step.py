@@ -1,6 +1,6 @@
 """`.venv-peers/bin/python trl_dpo_step.py FOLDER RESULT`: the same steps by TRL's DPOTrainer.
 
-Imports nothing of this project but the meter beside it. TRL's defaults but for what makes the work equal: the type of
+Imports nothing of this project but what lies beside it. TRL's defaults but for what makes the work equal: the type of
 the computation, no gradient checkpointing (off in this trainer unless asked for), the order of the pairs, a constant
 learning rate, no saving. Phases are its training step, the reference's forward pass in it, and what follows it.
 """
@@ -12,23 +12,9 @@ from pathlib import Path
 import torch
 from datasets import Dataset
 from meter import Meter
-from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
+from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import DPOConfig, DPOTrainer
-
-
-class Watch(TrainerCallback):
-    def __init__(self, meter):
-        self.meter, self.losses = meter, []
-
-    def on_train_begin(self, args, state, control, **_):
-        self.meter.start()
-
-    def on_step_end(self, args, state, control, **_):
-        self.meter.step()
-
-    def on_log(self, args, state, control, logs=None, **_):
-        if "loss" in logs:
-            self.losses.append(float(logs["loss"]))
+from watch import Watch
 
 
 def watch_phases(trainer, meter):
@@ -71,7 +57,7 @@ def main(folder, result):
     )
     tokenizer = AutoTokenizer.from_pretrained(folder / "policy")
     rows = [json.loads(line) for line in (folder / "pairs.jsonl").read_text(encoding="utf-8").splitlines()]
-    model, watch = AutoModelForCausalLM.from_pretrained(folder / "policy", dtype=torch.float32), Watch(meter)
+    model, watch = AutoModelForCausalLM.from_pretrained(folder / "policy", dtype=torch.float32), Watch(meter, "loss")
     meter.weigh()
     trainer = DPOTrainer(
         model=model,
@@ -82,7 +68,9 @@ def main(folder, result):
     )
     watch_phases(trainer, meter)
     trainer.train()
-    result.write_text(json.dumps(meter.row() | {"losses": watch.losses}), encoding="utf-8")
+    result.write_text(
+        json.dumps(meter.row() | {"losses": [float(entry["loss"]) for entry in watch.logged]}), encoding="utf-8"
+    )
 
 
 if __name__ == "__main__":

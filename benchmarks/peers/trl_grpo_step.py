@@ -7,27 +7,14 @@ from pathlib import Path
 
 import torch
 from datasets import Dataset
-from transformers import AutoModelForCausalLM, TrainerCallback
+from transformers import AutoModelForCausalLM
 from trl import GRPOConfig, GRPOTrainer
 
 import rlhf_kernels
 from benchmarks.peers.grpo_step import COMPARED
 from benchmarks.peers.meter import Meter
 from benchmarks.peers.models import model_config, tokenizer
-
-
-class Watch(TrainerCallback):
-    def __init__(self, meter: Meter) -> None:
-        self.meter, self.logged = meter, []
-
-    def on_train_begin(self, args, state, control, **_):
-        self.meter.start()
-
-    def on_step_end(self, args, state, control, **_):
-        self.meter.step()
-
-    def on_log(self, args, state, control, logs=None, **_):
-        self.logged.extend([logs] if "loss" in logs else [])
+from benchmarks.peers.watch import Watch
 
 
 def watch_phases(trainer: GRPOTrainer, meter: Meter) -> None:
@@ -70,7 +57,7 @@ def main(which: str, folder: Path, result: Path) -> None:
     policy.generation_config.eos_token_id = policy.config.eos_token_id = vocab - 1
     meter.weigh()
     words = torch.randint(vocab - 1, (settings["steps"], settings["prompt_length"])).tolist()
-    watch = Watch(meter)
+    watch = Watch(meter, "loss")
     trainer = GRPOTrainer(
         model=policy,
         args=args,

@@ -1,6 +1,6 @@
 """`.venv-trl/bin/python trl_ppo_step.py FOLDER RESULT`: the same steps by TRL's PPOTrainer.
 
-Imports nothing of this project but the meter beside it. TRL's defaults but for what makes the work equal: the type of
+Imports nothing of this project but what lies beside it. TRL's defaults but for what makes the work equal: the type of
 the computation, no gradient checkpointing (off in this trainer unless asked for), no saving, no tables of samples, no
 stop token. Phases are the functions that PPOTrainer.train calls. Its log-probabilities of the policy come from the
 logits of sampling, so that its scoring has a forward pass less than this trainer's.
@@ -13,24 +13,17 @@ from pathlib import Path
 import torch
 from datasets import Dataset
 from meter import REST, Meter, end
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, TrainerCallback
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 from trl.experimental.ppo import PPOConfig, PPOTrainer, ppo_trainer
+from watch import Watch
 
 
-class Watch(TrainerCallback):
-    def __init__(self, meter):
-        self.meter, self.entropy = meter, []
+class WatchFromTheModels(Watch):
+    """Its models stand when training begins."""
 
-    def on_train_begin(self, args, state, control, **_):
+    def on_train_begin(self, args, state, control, **others):
         self.meter.weigh()
-        self.meter.start()
-
-    def on_step_end(self, args, state, control, **_):
-        self.meter.step()
-
-    def on_log(self, args, state, control, logs=None, **_):
-        if "objective/entropy" in logs:
-            self.entropy.append(logs["objective/entropy"])
+        super().on_train_begin(args, state, control, **others)
 
 
 def watch_phases(trainer, meter):
@@ -99,7 +92,7 @@ def main(folder, result):
     )
     tokenizer = AutoTokenizer.from_pretrained(folder / "policy", padding_side="left")
     rows = [json.loads(line) for line in (folder / "prompts.jsonl").read_text(encoding="utf-8").splitlines()]
-    watch = Watch(meter)
+    watch = WatchFromTheModels(meter, "objective/entropy")
     end_responses(responses, settings, meter)
     policy, reference = (AutoModelForCausalLM.from_pretrained(folder / "policy", dtype=torch.float32) for _ in range(2))
     reward, value = (
@@ -117,7 +110,7 @@ def main(folder, result):
     )
     watch_phases(trainer, meter)
     trainer.train()
-    found = {"entropy": watch.entropy, "response_tokens": responses}
+    found = {"entropy": [entry["objective/entropy"] for entry in watch.logged], "response_tokens": responses}
     result.write_text(json.dumps(meter.row() | found), encoding="utf-8")
 
 
