@@ -9,11 +9,22 @@ from __future__ import annotations
 
 import argparse
 import json
-import shlex
 import sys
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator
 from pathlib import Path
+
+from .readme_files import (
+    Results,
+    Table,
+    digits,
+    markdown,
+    megabytes,
+    milliseconds,
+    newest,
+    read,
+    seconds,
+    source,
+)
 
 ROOT = Path(__file__).resolve().parent.parent
 BEGIN, END = "<!-- benchmarks: begin -->", "<!-- benchmarks: end -->"
@@ -33,118 +44,6 @@ PENDING = """\
 No GPU results yet: figures for GPUs are pending. The Triton and CUDA kernels are checked in the interpreter, in an
 emulator and by ahead-of-time compilation for sm_80, sm_90, sm_100 and gfx942; `make gpu RESULTS_DIR=dir` tests and
 times them on a machine that has one."""
-Table = list[list[str]]  # rows of cells, the heads first
-
-
-@dataclass(frozen=True)
-class Results:
-    """One file, or one part of a file of `make gpu`."""
-
-    path: Path
-    machine: dict
-    results: list[dict]
-    command: str
-    refused: dict[str, str]  # ops whose tests failed there: they have no results
-
-    @property
-    def date(self) -> str:
-        return self.machine["date"]
-
-    @property
-    def device(self) -> str:
-        return self.machine.get("device", "cpu")
-
-
-# Reading
-
-
-def read(folder: Path) -> list[Results]:
-    """All files that are shown, the newest first."""
-    found = []
-    for path in sorted(folder.glob("*.json")):
-        report = json.loads(path.read_text(encoding="utf-8"))
-        parts = [report]
-        if "steps" in report:  # of make gpu, whose parts are whole reports; without a GPU it is a trial at tiny sizes
-            names = ("ops", "ops_compile", "trainer") if report["device"] == "cuda" else ()
-            parts = [report.get(name) for name in names]
-        parts = [part for part in parts if part and part.get("results") and kind_of(part["results"][0])]
-        if not parts and "steps" not in report:
-            print(f"{path.name}: holds nothing that README shows", file=sys.stderr)
-        command = "make gpu" if "steps" in report else None
-        found += [
-            Results(path, p["machine"], p["results"], command or command_of(p["machine"]), p.get("refused", {}))
-            for p in parts
-        ]
-    return sorted(found, key=lambda file: file.date, reverse=True)
-
-
-def command_of(machine: dict) -> str:
-    return machine.get("command") or shlex.join(["python", "-m", "benchmarks", *machine["argv"]])
-
-
-def kind_of(result: dict) -> str | None:
-    for kind, names in {
-        "op": {"op", "providers"},
-        "trainer": {"trainer", "providers"},
-        "layout": {"layout", "peak_bytes"},
-        "ranking": {"way", "accuracies"},
-    }.items():
-        if names <= result.keys():
-            return kind
-    return None
-
-
-def newest(
-    files: list[Results], kind: str, device: str, name: Callable[[dict], object]
-) -> Iterator[tuple[Results, list[dict]]]:
-    """Files with those of their results whose name no newer file has."""
-    seen = set()
-    for file in files:
-        if file.device != device:
-            continue
-        found = [result for result in file.results if kind_of(result) == kind and name(result) not in seen]
-        if found:
-            yield file, found
-        seen |= {name(result) for result in found}
-
-
-# Numbers and tables
-
-
-def milliseconds(value: float) -> str:
-    return digits(value * 1e3)
-
-
-def digits(value: float) -> str:
-    """Three of them."""
-    return f"{value:,.0f}" if value >= 99.95 else f"{value:.{2 if value < 9.995 else 1}f}"
-
-
-def seconds(value: float) -> str:
-    return f"{value:.3f}" if value < 0.9995 else digits(value)
-
-
-def megabytes(size: float) -> str:
-    return f"{size / 1e6:,.0f}"
-
-
-def markdown(rows: Table) -> str:
-    lines = [rows[0], ["---"] * len(rows[0]), *rows[1:]]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
-
-
-def source(file: Results, results: list[dict]) -> str:
-    """Where figures come from, in one sentence."""
-    machine = file.machine
-    versions = [f"torch {machine['torch']}", f"Python {machine['python']}"]
-    versions += [f"{name} {machine[name]}" for name in ("triton", "transformers") if isinstance(machine.get(name), str)]
-    isa = f" ({machine['cpu_isa']})" if machine.get("cpu_isa") and machine.get("device") == "cpu" else ""
-    place = f"{machine['device_name']}{isa}, {machine['threads']} of {machine['cores']} cores"
-    loads = [result["load_average"] for result in results if "load_average" in result]
-    loads += [row["load_average"] for r in results if kind_of(r) == "trainer" for row in r["providers"].values()]
-    load = f", load average at most {max(loads):.1f}" if loads else ""
-    link = f"[file](benchmarks/results/{file.path.name})"
-    return f"{place}; {', '.join(versions)}; {machine['date'][:10]}{load}; `{file.command}` ({link})."
 
 
 # Ops
@@ -221,6 +120,36 @@ def ops(files: list[Results], device: str) -> Iterator[str]:
 def _with(result: dict) -> tuple[str, bool]:
     """`make gpu` times an op twice: with everybody but torch.compile, then beside that, as far as time allows."""
     return result["op"], "compile" in result["providers"] or "compile" in result.get("failed", {})
+
+
+def scaling(files: list[Results], device: str) -> Iterator[str]:
+    for file, results in newest(files, "scaling", device, lambda result: (result["op"], result["x_name"])):
+        measured = [r for r in results if any("ours" in point["providers"] for point in r["points"])]
+        if measured:
+            yield source(file, [r for r in results if r["points"]])
+            yield markdown(scaling_table(measured))
+
+
+def scaling_table(results: list[dict]) -> Table:
+    """Of each curve its last point, and where those stopped who did not come so far."""
+    names = [n for n in RIVALS if any(n in point["providers"] for r in results for point in r["points"])]
+    rows = [["op", "against", "fixed", "ours: ms, MB", *(RIVALS[n] for n in names)]]
+    for r in results:
+        last, x_name = [point for point in r["points"] if "ours" in point["providers"]][-1], r["x_name"]
+        ours, fixed = last["providers"]["ours"], [f"{k} {v:,}" for k, v in last["sizes"].items() if k != x_name]
+        cells = [f"{milliseconds(ours['median_s'])}, {megabytes(ours['peak_bytes'])}"]
+        if "ours" in r["stopped"]:
+            cells[0] += f"; ends there: {r['stopped']['ours']}"
+        for name in names:
+            reached = [point for point in r["points"] if name in point["providers"]]
+            if not reached:
+                cells.append("")
+            elif reached[-1] is last:
+                cells.append(f"{digits(ratio(last, name))}x, {megabytes(last['providers'][name]['peak_bytes'])}")
+            else:
+                cells.append(f"ends at {reached[-1]['sizes'][x_name]:,}: {r['stopped'][name]}")
+        rows.append([label(r), f"{x_name}, to {last['sizes'][x_name]:,}", ", ".join(fixed), *cells])
+    return rows
 
 
 # Trainers, layouts, rankings
@@ -329,16 +258,21 @@ def checks(folder: Path) -> Iterator[str]:
 
 def section(folder: Path) -> str:
     files = read(folder)
-    on_gpu = [*ops(files, "cuda"), *trainers(files, "cuda")]
+    on_gpu = [*ops(files, "cuda"), *scaling(files, "cuda"), *trainers(files, "cuda")]
     parts = [
         ("Ops", OPS_INTRODUCTION, [*ops(files, "cpu")]),
+        ("Over growing sizes", SCALING_INTRODUCTION, [*scaling(files, "cpu")]),
         ("Steps of the trainers", TRAINERS_INTRODUCTION, [*trainers(files, "cpu")]),
         ("Memory layouts", LAYOUTS_INTRODUCTION, [*layouts(files)]),
         ("Rankings against pairs", RANKINGS_INTRODUCTION, [*rankings(files)]),
         ("On a GPU", "", [*checks(folder), *(on_gpu or [PENDING])]),
     ]
-    if (ROOT / "docs/trainer-cpu.png").exists():
-        parts[1][2].append("![Seconds of a step by phase](docs/trainer-cpu.png)")
+    for (_, _, found), name, what in (
+        (parts[1], "scaling-linear_ppo_loss.png", "Time and memory against tokens and vocabulary"),
+        (parts[2], "trainer-cpu.png", "Seconds of a step by phase"),
+    ):
+        if found and (ROOT / "docs" / name).exists():
+            found.append(f"![{what}](docs/{name})")
     blocks = [[f"### {title}", *filter(None, [introduction]), *found] for title, introduction, found in parts if found]
     return "\n\n".join(["\n\n".join(block) for block in blocks])
 
@@ -348,6 +282,10 @@ Medians of interleaved rounds in one run. A column of another says how many time
 is faster. Eager is what peers write, torch.compile is that code compiled, products are the bare matrix products that
 an op needs. Of each op the largest case is shown; the files hold all, with spreads. Peak is what a call allocates above
 its inputs, the error is the largest difference of any output from float64."""
+SCALING_INTRODUCTION = """\
+Each curve at the largest size that ours ran: its time and its peak above the inputs, then how many times longer others
+take and their peaks. Where one ends earlier stand the largest size that it ran and why it went no further. The files
+hold every point."""
 TRAINERS_INTRODUCTION = """\
 The same work in both, checked, each in a process of its own, medians of the steps after the first; memory is the peak
 of the process over what it held when its models were built. TRL takes the policy's log-probabilities from the logits of

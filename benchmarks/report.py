@@ -50,7 +50,7 @@ def _version(package: str) -> str | None:
 def machine(device: torch.device, argv: list[str]) -> dict:
     """The `machine` entry of the JSON file."""
     backends = rlhf_kernels.backends()
-    changes = _git("status", "--porcelain")
+    changes = _git("status", "--porcelain", "--", ":/!benchmarks/results", ":/!docs")  # runs write there
     return {
         "cpu": cpu_model(),
         "cores": os.cpu_count(),

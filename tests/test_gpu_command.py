@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks import gpu
-from benchmarks.readme import read
+from benchmarks.readme_files import read
 
 # Writes a report twice, as benchmarks do after each case, then waits in a child that holds its output open.
 UNFINISHED = """

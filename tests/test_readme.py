@@ -83,6 +83,24 @@ def test_an_ops_row_is_its_newest_file_and_largest_case(tmp_path):
     assert "Where another is faster: `gae` forward at 8 x 64: torch.compile 0.50x." in text
 
 
+def test_a_curve_says_how_far_each_came(tmp_path):
+    first = case("gae", {"ours": 0.001, "eager": 0.01, "trl": 0.2}, sizes={"tokens": 8, "vocabulary": 1000})
+    last = case("gae", {"ours": 0.002, "eager": 0.03}, sizes={"tokens": 16, "vocabulary": 1000}) | {"load_average": 3.0}
+    curve = {"op": "gae", "mode": "forward", "dtype": "float32", "x_name": "tokens", "points": [first, last]}
+    curve |= {"stopped": {"trl": "would need 9.0 GB of 2.0 GB that are free", "verl": "its kernels need a GPU"}}
+    full = curve | {"x_name": "vocabulary", "stopped": {"ours": "would need 3.0 GB"}, "points": [last]}
+    never = curve | {"x_name": "length", "points": []}
+    written(tmp_path, "s.json", [], OPS | {"scaling": [curve, full, never]})
+    text = "\n\n".join(readme.scaling(readme.read(tmp_path), "cpu"))
+    full_ends = "ends there: would need 3.0 GB"
+    ends = "ends at 8: would need 9.0 GB of 2.0 GB that are free"
+    assert rows(text, "`gae`") == [
+        ["`gae` forward", "tokens, to 16", "vocabulary 1,000", "2.00, 5", "15.0x, 5", ends],
+        ["`gae` forward", "vocabulary, to 1,000", "tokens 16", f"2.00, 5; {full_ends}", "15.0x, 5"],
+    ]
+    assert "load average at most 3.0" in text and "length" not in text
+
+
 def test_a_gpu_is_pending_until_make_gpu_has_timed_one(tmp_path):
     written(tmp_path, "cpu.json", [case("gae", {"ours": 1.0})])
     assert readme.PENDING in readme.section(tmp_path)
