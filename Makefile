@@ -19,7 +19,7 @@ test-slow: $(VENV)/.ready
 	$(RUN) -m pytest -m slow
 
 # The ops at fixed sizes: table, JSON, CSV in Liger's columns and plots, 12 minutes on two cores; and over growing sizes,
-# until peers run out of memory, 25 minutes. Peers take part where `make peers` has made their environment.
+# until peers would run out of memory or time, 25 minutes. Peers take part where `make peers` has made their environment.
 BENCH_RUN = $(if $(wildcard .venv-peers/.ready),.venv-peers/bin/python,$(RUN))
 BENCHED = ours products eager compile torch fused_fp32 trl liger cce verl
 BENCH = $(BENCH_RUN) -m benchmarks --device cpu --providers $(BENCHED) --plots $(RESULTS_DIR)/plots

@@ -11,6 +11,7 @@ import argparse
 import json
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 from .readme_files import (
@@ -75,13 +76,16 @@ def largest(results: list[dict]) -> list[dict]:
     return sorted(found.values(), key=label)
 
 
+def heads_of(names: list[str], machine: dict) -> list[str]:
+    versions = machine.get("peers", {})
+    return [f"{RIVALS.get(n, n)} {versions.get(PEERS.get(n), '')}".strip() for n in names]
+
+
 def op_table(results: list[dict], machine: dict) -> Table:
     names = [n for n in (*RIVALS, PRODUCTS) if any(ratio(result, n) is not None for result in results)]
-    versions = machine.get("peers", {})
-    heads = [f"{RIVALS.get(n, n)} {versions.get(PEERS.get(n), '')}".strip() for n in names]
     with_eager = any("eager" in result["providers"] for result in results)
     of_both = ["peak, MB: ours, eager", "largest error: ours, eager"] if with_eager else ["peak, MB", "largest error"]
-    rows = [["op", "size", "ours, ms", *heads, *of_both]]
+    rows = [["op", "size", "ours, ms", *heads_of(names, machine), *of_both]]
     for result in results:
         both = [result["providers"][name] for name in ("ours", "eager") if name in result["providers"]]
         ratios = [ratio(result, name) for name in names]
@@ -123,31 +127,33 @@ def _with(result: dict) -> tuple[str, bool]:
 
 
 def scaling(files: list[Results], device: str) -> Iterator[str]:
-    for file, results in newest(files, "scaling", device, lambda result: (result["op"], result["x_name"])):
-        measured = [r for r in results if any("ours" in point["providers"] for point in r["points"])]
-        if measured:
-            yield source(file, [r for r in results if r["points"]])
-            yield markdown(scaling_table(measured))
+    files = [replace(file, results=[r for r in file.results if _reached(r, "ours")]) for file in files]
+    for file, results in newest(files, "scaling", device, lambda result: (label(result), result["x_name"])):
+        yield source(file, results)
+        yield markdown(scaling_table(results, file.machine))
 
 
-def scaling_table(results: list[dict]) -> Table:
-    """Of each curve its last point, and where those stopped who did not come so far."""
-    names = [n for n in RIVALS if any(n in point["providers"] for r in results for point in r["points"])]
-    rows = [["op", "against", "fixed", "ours: ms, MB", *(RIVALS[n] for n in names)]]
+def _reached(result: dict, name: str) -> list[dict]:
+    """The points of a curve that a provider ran."""
+    return [point for point in result.get("points", []) if name in point["providers"]]
+
+
+def scaling_table(results: list[dict], machine: dict) -> Table:
+    """Of each curve the last point of ours, and where those stopped who did not come so far."""
+    names = [n for n in RIVALS if any(_reached(r, n) for r in results)]
+    rows = [["op", "against", "fixed", "ours: ms, MB", *heads_of(names, machine)]]
     for r in results:
-        last, x_name = [point for point in r["points"] if "ours" in point["providers"]][-1], r["x_name"]
-        ours, fixed = last["providers"]["ours"], [f"{k} {v:,}" for k, v in last["sizes"].items() if k != x_name]
-        cells = [f"{milliseconds(ours['median_s'])}, {megabytes(ours['peak_bytes'])}"]
-        if "ours" in r["stopped"]:
-            cells[0] += f"; ends there: {r['stopped']['ours']}"
-        for name in names:
-            reached = [point for point in r["points"] if name in point["providers"]]
-            if not reached:
-                cells.append("")
-            elif reached[-1] is last:
-                cells.append(f"{digits(ratio(last, name))}x, {megabytes(last['providers'][name]['peak_bytes'])}")
+        last, x_name = _reached(r, "ours")[-1], r["x_name"]
+        cells = []
+        for name in ("ours", *names):
+            own, why, points = last["providers"].get(name), r["stopped"].get(name), _reached(r, name)
+            if own:
+                time = milliseconds(own["median_s"]) if name == "ours" else f"{digits(ratio(last, name))}x"
+                cells.append(f"{time}, {megabytes(own['peak_bytes'])}" + (f"; ends there: {why}" if why else ""))
             else:
-                cells.append(f"ends at {reached[-1]['sizes'][x_name]:,}: {r['stopped'][name]}")
+                end = f"ends at {points[-1]['sizes'][x_name]:,}: " if points else ""
+                cells.append(f"{end}{why}" if why else "")
+        fixed = [f"{k} {v:,}" for k, v in last["sizes"].items() if k != x_name]
         rows.append([label(r), f"{x_name}, to {last['sizes'][x_name]:,}", ", ".join(fixed), *cells])
     return rows
 
@@ -284,14 +290,15 @@ an op needs. Of each op the largest case is shown; the files hold all, with spre
 its inputs, the error is the largest difference of any output from float64."""
 SCALING_INTRODUCTION = """\
 Each curve at the largest size that ours ran: its time and its peak above the inputs, then how many times longer others
-take and their peaks. Where one ends earlier stand the largest size that it ran and why it went no further. The files
-hold every point."""
+take and their peaks. If a provider stopped earlier, its cell gives the largest size that it ran and the reason: what
+the next size would need, inputs included, is drawn from the sizes before; nine tenths of the free memory may be filled.
+The files hold every point."""
 TRAINERS_INTRODUCTION = """\
 The same work in both, checked, each in a process of its own, medians of the steps after the first; memory is the peak
 of the process over what it held when its models were built. TRL takes the policy's log-probabilities from the logits of
-generation, so that its scoring is a pass shorter. On a CPU TRL's DPO and GRPO project the prompts and the padding too,
-which they do not on a GPU; ours never do. GRPO is TRL's trainer in both, "ours" after `rlhf_kernels.patch("trl")`.
-`make peers` makes its environments."""
+generation, so that its scoring has one forward pass fewer. On a CPU TRL's DPO and GRPO project the prompts and the
+padding too, which they do not on a GPU; ours never do. GRPO is TRL's trainer in both, "ours" after
+`rlhf_kernels.patch("trl")`. `make peers` makes TRL's environments."""
 LAYOUTS_INTRODUCTION = """\
 PPO on the gold reward of the demo's task, known-optimum score of each seed; and the peak of one PPO step of a model of
 50 million random parameters. On a CPU `offload` has nowhere to put weights: it saves memory on a GPU alone."""

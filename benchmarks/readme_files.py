@@ -43,7 +43,9 @@ def read(folder: Path) -> list[Results]:
         if "steps" in report:  # of make gpu, whose parts are whole reports; without a GPU it is a trial at tiny sizes
             names = ("ops", "ops_compile", "trainer") if report["device"] == "cuda" else ()
             parts = [report.get(name) for name in names]
-        parts = [part | {"results": part.get("results", []) + part.get("scaling", [])} for part in parts if part]
+        parts = [
+            part | {"results": [*(part.get("results") or []), *(part.get("scaling") or [])]} for part in parts if part
+        ]
         parts = [part for part in parts if part["results"] and kind_of(part["results"][0])]
         if not parts and "steps" not in report:
             print(f"{path.name}: holds nothing that README shows", file=sys.stderr)

@@ -71,7 +71,7 @@ class History:
             return None
         need = self.at(x, self.needs[name]) + self.at(x, self.inputs)
         if need > free:
-            return f"would need {need / 1e9:.1f} GB of {free / 1e9:.1f} GB that are free"
+            return f"would need {need / 1e9:.3g} GB of {free / 1e9:.3g} GB"
         seconds = self.at(x, self.seconds[name])
         return f"would take {seconds:.1f} s a call" if seconds > max_seconds and name != OURS else None
 
