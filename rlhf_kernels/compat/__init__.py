@@ -102,11 +102,12 @@ def _compat(library: str) -> ModuleType:
 
 
 def _supported_version(library: str, supported: tuple[str, str]) -> str:
+    at_least, below = supported
     try:
         version = importlib.metadata.version(library)
     except importlib.metadata.PackageNotFoundError:
-        raise ModuleNotFoundError(f"{library} is not installed here: nothing to patch", name=library) from None
-    at_least, below = supported
+        told = f"{library} is not installed here: nothing to patch; pip install '{library}>={at_least},<{below}'"
+        raise ModuleNotFoundError(told, name=library) from None
     if not _release(at_least) <= _release(version) < _release(below):
         raise RuntimeError(
             f"{library}: expected a version >= {at_least} and < {below}, whose functions were compared with ours, got "
