@@ -40,7 +40,7 @@ def row_launches(dtype, vocab, softcap=None, temperatures=False, entropy=True, v
 def tile_launches(dtype, vocab, softcap=None, temperatures=False, entropy=True, view=False) -> list[Launch]:
     """What ops on hidden states launch: gradients over the logits, and of float32 logits into the products' dtype."""
     launches = []
-    for logits_dtype in {dtype: None, torch.float32: None}:
+    for logits_dtype in dict.fromkeys((dtype, torch.float32)):
         logits = torch.zeros(16, vocab, dtype=logits_dtype)
         grad = logits if logits_dtype == dtype else torch.zeros(16, vocab, dtype=dtype)
         ids, rows = torch.zeros(16, dtype=torch.int64), torch.zeros(16, dtype=torch.result_type(logits, torch.zeros(1)))
